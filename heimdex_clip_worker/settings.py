@@ -17,7 +17,8 @@ from .errors import SettingsError
 
 # %% auto #0
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'number', 'word', 'flag',
-           'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'environment_table']
+           'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'environment_for',
+           'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -294,6 +295,14 @@ def _needs_a_key(values: dict[str, Any]) -> list[str]:
         "EMBEDDING_HMAC_SECRET is missing: set the secret that callers sign with "
         "(for example the output of `openssl rand -hex 32`)"
     ]
+
+# %% ../nbs/01_settings.ipynb #environment-for
+def environment_for(
+    variables: Mapping[str, str],  # what the other process is meant to have
+) -> dict[str, str]:
+    """Return this process's environment with our variables replaced by `variables`."""
+    ours = {variable.name for variable in VARIABLES.values()}
+    return {**{name: value for name, value in os.environ.items() if name not in ours}, **variables}
 
 # %% ../nbs/01_settings.ipynb #environment-table
 def environment_table() -> str:

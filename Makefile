@@ -1,0 +1,50 @@
+# The commands of this project; `make` lists them. Set-up is part of each command and is reused.
+PYTHON ?= python3
+export PYTHON
+BIN := .venv/bin
+UV := uv==0.13.9
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint lab export readme lock clean
+.NOTPARALLEL:
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r n t; \
+		do printf '  make %-8s %s\n' "$$n" "$$t"; done
+
+demo: .venv/.worker ## set up, start the worker here, send it one signed photograph, print the answer
+	@$(BIN)/python -m heimdex_clip_worker.demo $(ARGS)
+
+test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev ## check the code, in notebooks too, with ruff
+	@$(BIN)/ruff check .
+
+lab: .venv/.dev ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+export: .venv/.dev ## write the package from the notebooks, clean them, and render the README
+	@$(BIN)/nbdev_export
+	@$(BIN)/python tools/notebooks.py nbs
+	@$(BIN)/python tools/readme.py
+
+readme: .venv/.dev ## render README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+lock: .cache/lock/.ready ## pin the newest allowed versions in requirements.txt and requirements-dev.txt
+	@PATH=".cache/lock/bin:$$PATH" .cache/lock/bin/python tools/lock.py
+
+clean: ## remove what was set up and built (.venv too)
+	@rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.worker: requirements.txt settings.ini setup.py
+	@tools/setup.sh worker
+
+.venv/.dev: .venv/.worker requirements-dev.txt
+	@tools/setup.sh dev
+
+.cache/lock/.ready: Makefile
+	@rm -rf .cache/lock && "$(PYTHON)" -m venv .cache/lock
+	@.cache/lock/bin/python -m pip install -qq --disable-pip-version-check $(UV) && touch $@

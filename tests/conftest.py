@@ -1,0 +1,33 @@
+"""What the tests share: the seeded hub, and one embedder loaded from it as in production."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests are imported by name
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the hub library off the network; it reads this when it is first imported."""
+    if not config.getoption("--weights"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def seeded_hub() -> Path:
+    """The hub cache with seeded weights for the tag `openai`."""
+    import seeded
+
+    return seeded.seeded_hub()
+
+
+@pytest.fixture(scope="session")
+def embedder(seeded_hub: Path) -> object:
+    """ViT-B-32, loaded once through the real path of the tag `openai`."""
+    from heimdex_clip_worker.embed import Embedder
+
+    return Embedder.load("ViT-B-32", "openai", device="cpu", cache_dir=str(seeded_hub))

@@ -1,0 +1,61 @@
+"""The real handler with a fake embedder, for tests of all but vectors: `python fake_worker.py`.
+
+A vector here is the photograph's mean colour and size, so that answers that were mixed up are seen.
+Two photographs are poison: on `rocket.jpg` (220 wide) the model fails, on `hubble.jpg` (353 wide)
+it asks for the end of the process. `FAKE_EMBEDDER=nan` makes every vector NaN.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from PIL import Image, ImageStat
+
+from heimdex_clip_worker import handler
+from heimdex_clip_worker.embed import Embedder
+
+
+class FakeEmbedder(Embedder):
+    """The real one but for its weights: its load, its preprocessing and its forward pass."""
+
+    @classmethod
+    def load(cls, model_name: str, *args: Any, **kwargs: Any) -> FakeEmbedder:
+        return cls(
+            tower=torch.nn.Identity(),
+            transform=mean_and_size,
+            model_name=model_name,
+            pretrained="fake",
+            activation="quickgelu",
+            dim=512,
+            image_size=224,
+            device="cpu",
+        )
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        return mean_and_size(image)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # (N, 5) -> (N, 512)
+        if 220 in pixels[:, 3]:
+            raise RuntimeError("the fake model fails on this photograph")
+        if 353 in pixels[:, 3]:
+            raise SystemExit(3)
+        if os.environ.get("FAKE_EMBEDDER") == "nan":
+            pixels = pixels * float("nan")
+        return torch.nn.functional.pad(pixels, (0, self.dim - pixels.shape[1]))
+
+
+def mean_and_size(image: Image.Image) -> torch.Tensor:
+    """Return mean red, green, blue, width and height."""
+    return torch.tensor([*ImageStat.Stat(image).mean, *image.size])  # (5,) float32
+
+
+def main() -> None:
+    """Run the handler's own `main` over the fake."""
+    handler.Embedder, handler.check_model = FakeEmbedder, lambda *names: []
+    handler.main()
+
+
+if __name__ == "__main__":
+    main()

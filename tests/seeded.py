@@ -1,0 +1,112 @@
+"""Seeded weights in a cache of the Hugging Face hub: the tag `openai` without the internet.
+
+The weights are random but always the same, and exact in float16, which halves the files. Two
+touches make them more like trained ones, so that GELU and QuickGELU give clearly different vectors:
+most neurons of a block are off most of the time, and those that are on count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "seeded-hub"  # an HF_HOME; git-ignored, built once, about 300 MB
+REPO = "timm/vit_base_patch32_clip_224.openai"  # as open_clip 3.3.0 asks for ViT-B-32, openai
+FILE = "open_clip_model.safetensors"
+REVISION = hashlib.sha1(b"seeded weights, version 1").hexdigest()  # raise it to rebuild the cache
+
+
+def seeded_state(model_name: str = "ViT-B-32") -> dict:  # name -> float16 tensor
+    """Return the weights of a whole CLIP model, the same on every call."""
+    import open_clip
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(model_name, pretrained_text=False)
+    for name, weight in model.named_parameters():
+        if name.endswith("mlp.c_fc.bias"):
+            weight.data -= 2
+        elif name.endswith("mlp.c_proj.weight"):
+            weight.data *= 4
+    return {
+        name: t.half().contiguous() if t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+    }
+
+
+def write_checkpoint(
+    path: Path,  # ends in .safetensors, or is a pickle of a state dict
+    state: dict,  # name -> tensor
+    activation: str | None = None,  # for the header of a .safetensors; None: it does not say
+) -> Path:
+    """Write a checkpoint file and return its path."""
+    import torch
+    from safetensors.torch import save_file
+
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata={"activation": activation} if activation else None)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def seeded_hub() -> Path:
+    """Return the hub cache with seeded weights for the tag `openai`; build it once."""
+    if not seeded_file().is_file():
+        CACHE.parent.mkdir(exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix="seeded-hub-", dir=CACHE.parent))
+        try:
+            _build(building / "hub" / f"models--{REPO.replace('/', '--')}")
+            _put(building)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return CACHE / "hub"
+
+
+def seeded_file() -> Path:
+    """Return where the seeded weights lie in that cache."""
+    folder = f"models--{REPO.replace('/', '--')}"
+    return CACHE / "hub" / folder / "snapshots" / REVISION / FILE
+
+
+def hub_env(home: Path) -> dict[str, str]:
+    """Return the environment of a process that has this hub, and all else of it under `home`."""
+    hub = str(seeded_hub())
+    return {"HF_HOME": str(home / "huggingface"), "HF_HUB_CACHE": hub, "HF_HUB_OFFLINE": "1"}
+
+
+def _build(repo: Path) -> None:
+    """Lay out one repository: blobs by digest, a snapshot of links to them, a ref to it."""
+    import open_clip
+
+    facts = open_clip.get_pretrained_cfg("ViT-B-32", "openai")
+    described = {"model_cfg": open_clip.get_model_config("ViT-B-32") | {"quick_gelu": True}}
+    described["preprocess_cfg"] = {
+        key: facts[key] for key in ("mean", "std", "interpolation", "resize_mode")
+    }
+    snapshot, blobs = repo / "snapshots" / REVISION, repo / "blobs"
+    for folder in (snapshot, blobs, repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(REVISION)
+    write_checkpoint(snapshot / FILE, seeded_state())
+    (snapshot / "open_clip_config.json").write_text(json.dumps(described))
+    for file in sorted(snapshot.iterdir()):
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        file.symlink_to(Path("../../blobs") / blob.name)
+
+
+def _put(building: Path) -> None:
+    """Move a finished cache into its place in one step, unless another process was first."""
+    if CACHE.exists() and not seeded_file().is_file():  # of an earlier version
+        shutil.rmtree(CACHE)
+    try:
+        building.rename(CACHE)
+    except OSError:  # there is one by now
+        if not seeded_file().is_file():
+            raise

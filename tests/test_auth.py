@@ -1,0 +1,350 @@
+"""Authentication across languages: published vectors, other tools, and values nobody expects."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from heimdex_clip_worker import auth
+from heimdex_clip_worker.errors import AuthFailed
+
+ROOT = Path(__file__).parent.parent
+VECTORS = json.loads((ROOT / "test_vectors.json").read_text(encoding="ascii"))
+WORKER = VECTORS["worker"]
+KEYRING = auth.Keyring(**WORKER)
+NOW = 1_764_000_000
+
+
+def named(section: str) -> Any:
+    """Parametrize over a section of the vectors."""
+    return pytest.mark.parametrize("vector", VECTORS[section], ids=lambda vector: vector["name"])
+
+
+def needs(tool: str) -> Any:
+    """Skip where a command is not to be had."""
+    return pytest.mark.skipif(not shutil.which(tool), reason=f"needs the command {tool}")
+
+
+def run(*command: str, stdin: str = "", **variables: str) -> str:
+    """Return what a command prints."""
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", **variables}
+    done = subprocess.run(command, input=stdin.encode(), env=env, capture_output=True, check=True)
+    return done.stdout.decode()
+
+
+# A second implementation, from the description in the notebook and nothing else.
+
+
+def plain_canonical(value: Any, level: int = 0) -> str:
+    """Write `value` in the canonical form; ValueError where it has none."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) < 2**53:
+        return str(value)
+    if isinstance(value, str) and not re.search("[\ud800-\udfff]", value):
+        named = {
+            '"': '\\"',
+            "\\": "\\\\",
+            "\b": "\\b",
+            "\t": "\\t",
+            "\n": "\\n",
+            "\f": "\\f",
+            "\r": "\\r",
+        }
+        return (
+            '"' + "".join(named.get(c, c if c >= " " else f"\\u{ord(c):04x}") for c in value) + '"'
+        )
+    if isinstance(value, (list, dict)) and level < 8:
+        if isinstance(value, list):
+            return "[" + ",".join(plain_canonical(item, level + 1) for item in value) + "]"
+        if all(key.isascii() for key in value):
+            pairs = sorted(value.items())
+            return (
+                "{"
+                + ",".join(
+                    f"{plain_canonical(k)}:{plain_canonical(v, level + 1)}" for k, v in pairs
+                )
+                + "}"
+            )
+    raise ValueError("no canonical form")
+
+
+def plain_mac(secret: str, message: str) -> str:
+    """HMAC-SHA256 in hex."""
+    return hmac.new(secret.encode(), message.encode(), hashlib.sha256).hexdigest()
+
+
+def plain_message_v2(
+    job: dict[str, Any], audience: str, kid: str, ts: int, exp: int, nonce: str
+) -> str:
+    """The seven lines of version 2."""
+    body = plain_canonical({name: value for name, value in job.items() if name != "auth"})
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return "\n".join(["CLIPW-HMAC-SHA256-V2", audience, kid, f"{ts}", f"{exp}", nonce, digest])
+
+
+def plain_verdict(job: dict[str, Any], now: int) -> str:
+    """How a worker answers an ordinary job."""
+    auth = job.get("auth", {})
+    ts, exp = auth.get("ts"), auth.get("exp")
+    if type(ts) is int and set(auth) == {"ts", "sig"}:
+        if set(job) - {"image_url", "request_id", "normalize", "model", "auth"}:
+            return "AUTH_FAILED"
+        if auth["sig"] != plain_mac(WORKER["v1_secret"], f"{job['image_url']}|{ts}"):
+            return "AUTH_FAILED"
+        return "OK" if abs(now - ts) <= 120 else "AUTH_EXPIRED"
+    if auth.get("v") == 2 and auth["kid"] in WORKER["keys"]:
+        message = plain_message_v2(job, WORKER["audience"], auth["kid"], ts, exp, auth["nonce"])
+        if auth["sig"] == plain_mac(WORKER["keys"][auth["kid"]], message) and exp - ts <= 3600:
+            return "OK" if ts - 60 <= now <= exp else "AUTH_EXPIRED"
+    return "AUTH_FAILED"
+
+
+# The published vectors.
+
+
+def test_vectors_are_what_the_code_says():
+    spec = importlib.util.spec_from_file_location(
+        "make_test_vectors", ROOT / "tools/make_test_vectors.py"
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (ROOT / "test_vectors.json").read_text(encoding="ascii") == tool.render()
+
+
+@named("canonical")
+def test_canonical(vector):
+    assert auth.canonical(vector["value"]).decode() == vector["canonical"]
+    assert plain_canonical(vector["value"]) == vector["canonical"]
+    assert hashlib.sha256(vector["canonical"].encode()).hexdigest() == vector["sha256"]
+
+
+@named("not_canonical")
+def test_not_canonical(vector):
+    with pytest.raises(auth.Unsignable):
+        auth.canonical(json.loads(vector["json"]))
+
+
+@named("v1")
+def test_v1(vector):
+    assert plain_mac(vector["secret"], vector["message"]) == vector["auth"]["sig"]
+    assert vector["message"] == f"{vector['image_url']}|{vector['ts']}"
+
+
+@named("v2")
+def test_v2(vector):
+    said = {name: vector[name] for name in ("audience", "kid", "ts", "exp", "nonce")}
+    assert plain_message_v2(vector["input"], **said) == vector["message"]
+    assert plain_mac(vector["secret"], vector["message"]) == vector["auth"]["sig"]
+    job = {**vector["input"], "auth": vector["auth"]}
+    assert auth.verify(job, keyring=KEYRING, now=NOW) == auth.Credential(2, vector["kid"])
+
+
+@named("verify")
+def test_verify(vector):
+    assert plain_verdict(vector["input"], vector["now"]) == vector["verdict"]
+    assert verdict(vector["input"], vector["now"]) == vector["verdict"]
+
+
+# Other tools.
+
+
+@needs("openssl")
+@named("v1")
+def test_openssl_agrees_on_v1(vector):
+    line = 'printf \'%s\' "$URL|$TS" | openssl dgst -sha256 -hmac "$SECRET"'
+    said = {"URL": vector["image_url"], "TS": str(vector["ts"]), "SECRET": vector["secret"]}
+    assert run("sh", "-c", line, **said).split()[-1] == vector["auth"]["sig"]
+
+
+@needs("openssl")
+@named("v2")
+def test_openssl_agrees_on_v2(vector):
+    line = 'openssl dgst -sha256 -hmac "$SECRET"'
+    printed = run("sh", "-c", line, stdin=vector["message"], SECRET=vector["secret"])
+    assert printed.split()[-1] == vector["auth"]["sig"]
+
+
+@needs("jq")
+@named("v2")
+def test_jq_writes_the_canonical_job(vector):
+    printed = run(
+        "jq", "-cjS", "del(.auth)", stdin=json.dumps({**vector["input"], "auth": vector["auth"]})
+    )
+    assert hashlib.sha256(printed.encode()).hexdigest() == vector["input_sha256"]
+
+
+@needs("node")
+def test_the_notebooks_javascript_writes_the_canonical_form():
+    cells = json.loads((ROOT / "nbs/02_auth.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    source = re.search(r"```js\n(.*?)```", text, flags=re.DOTALL)[1]
+    program = (
+        source + "process.stdout.write(JSON.stringify(JSON.parse(process.argv[1]).map(canonical)))"
+    )
+    values = [vector["value"] for vector in VECTORS["canonical"]]
+    written = json.loads(run("node", "-e", program, json.dumps(values)))
+    assert written == [vector["canonical"] for vector in VECTORS["canonical"]]
+
+
+# Values nobody expects.
+
+
+def verdict(job: Any, now: float = NOW) -> str:
+    """How `verify` ends; anything but a verdict is a failure of the test."""
+    try:
+        credential = auth.verify(job, keyring=KEYRING, now=now)
+    except AuthFailed as error:
+        assert str(error) == "Authentication failed"
+        assert error.code in ("AUTH_FAILED", "AUTH_EXPIRED")
+        secrets = [WORKER["v1_secret"], *WORKER["keys"].values()]
+        assert not any(secret in error.detail for secret in secrets)
+        assert not re.search(r"[0-9a-f]{64}", error.detail)
+        error.detail.encode()
+        return error.code
+    assert type(credential) is auth.Credential
+    return "OK"
+
+
+class Spiteful(str):
+    """Text with ideas of its own."""
+
+    def encode(self, *args: Any) -> bytes:
+        raise OSError("not today")
+
+    __str__ = __len__ = __format__ = __hash__ = encode
+
+
+def deep(levels: int, make: Any) -> Any:
+    """Return `levels` containers inside one another."""
+    value = make(0)
+    for _ in range(levels):
+        value = make(value)
+    return value
+
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+ODD = [
+    *(True, False, None, -1, 0, 1, 2, NOW, NOW + 900, 2**53, 10**400, 10**5000),
+    *(math.nan, 1e400, -0.0, 2.0, 1j, Decimal(1)),
+    *((), {1}, b"a" * 64, bytearray(b"a"), Spiteful("a" * 64), object(), ..., int),
+    *(ENDLESS, deep(100_000, lambda value: [value]), deep(100_000, lambda value: {"a": value})),
+]
+TEXT = st.text(st.characters() | st.sampled_from("\ud800\udfff\0\n|é０"), max_size=80)
+LEAVES = (
+    st.integers(0, len(ODD) - 1).map(lambda place: ODD[place])  # some have no repr
+    | st.integers()
+    | st.floats()
+    | TEXT
+    | st.text("0123456789abcdef", min_size=64, max_size=64)
+    | st.binary(max_size=64)
+)
+KEYS = TEXT | st.integers() | st.none() | st.booleans() | st.binary(max_size=4) | st.just(math.nan)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+FUZZ = settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+HONEST = {
+    1: next(v for v in VECTORS["verify"] if v["name"] == "version 1")["input"],
+    2: next(v for v in VECTORS["verify"] if v["name"] == "version 2")["input"],
+}
+
+
+@FUZZ
+@given(job=VALUES | st.fixed_dictionaries({"image_url": VALUES, "auth": VALUES}))
+def test_anything_at_all_is_refused(job):
+    assert verdict(job) == "AUTH_FAILED"
+
+
+@FUZZ
+@given(data=st.data(), version=st.sampled_from([1, 2]), value=VALUES)
+def test_an_honest_job_with_one_value_exchanged_is_refused(data, version, value):
+    honest = HONEST[version]
+    name = data.draw(st.sampled_from(["image_url", *honest["auth"]]))
+    if name == "image_url":
+        job = {**honest, "image_url": value}
+    else:
+        job = {**honest, "auth": {**honest["auth"], name: value}}
+    same = type(value) is type(honest["auth"].get(name, honest["image_url"])) and job == honest
+    assert verdict(job) == ("OK" if same else "AUTH_FAILED")
+
+
+@FUZZ
+@given(job=st.dictionaries(KEYS, VALUES, max_size=4), version=st.sampled_from([1, 2]))
+def test_a_field_more_is_refused(job, version):
+    allowed = {"request_id", "normalize", "model"} if version == 1 else set()
+    job = {k: v for k, v in job.items() if k not in ("auth", "image_url", *allowed)}
+    assert verdict({**job, **HONEST[version]}) == ("AUTH_FAILED" if job else "OK")
+
+
+@FUZZ
+@given(value=VALUES)
+def test_two_implementations_agree_on_the_canonical_form(value):
+    try:
+        written = auth.canonical(value).decode()
+    except auth.Unsignable:
+        return
+    assert written == plain_canonical(value)
+    assert json.loads(written) == value
+
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ASCII, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@FUZZ
+@given(job=st.dictionaries(ASCII, JSON), late=st.integers(-60, 900))
+def test_whatever_can_be_signed_is_accepted_after_the_wire(job, late):
+    said = {"kid": "2026-11", "ts": NOW, "exp": NOW + 900, "nonce": auth.new_nonce()}
+    try:
+        signed = auth.sign_v2(
+            job, secret=WORKER["keys"]["2026-11"], audience=WORKER["audience"], **said
+        )
+    except auth.Unsignable as error:
+        assert "nested deeper" in str(error)
+        return
+    arrived = json.loads(json.dumps({**job, "auth": signed}))
+    assert verdict(arrived, NOW + late) == "OK"
+
+
+@pytest.mark.parametrize("now", [math.nan, math.inf, -math.inf])
+def test_a_clock_gone_mad_accepts_nothing(now):
+    assert [verdict(HONEST[1], now), verdict(HONEST[2], now)] == ["AUTH_EXPIRED"] * 2
+
+
+def test_a_huge_job_is_not_even_copied():
+    class Huge(dict):
+        def __len__(self):
+            return 10**9
+
+        def items(self):
+            raise AssertionError("copied")
+
+    with pytest.raises(auth.Unsignable):
+        auth.message_v2(Huge(), kid="k", audience="a", ts=1, exp=2, nonce="n" * 16)

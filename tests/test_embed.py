@@ -1,0 +1,385 @@
+"""The image tower against open_clip itself, through the loading path of production."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import seeded
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import heimdex_clip_worker
+from heimdex_clip_worker import embed
+from heimdex_clip_worker.decode import PixelLimits, decode
+from heimdex_clip_worker.embed import Embedder, check_model
+from heimdex_clip_worker.errors import InferenceFailed, ModelError
+
+SHIPPED = Path(heimdex_clip_worker.__file__).parent / "photos"
+PHOTOS = sorted(p for p in SHIPPED.iterdir() if p.suffix in (".jpg", ".png"))
+
+
+def photo(index: int) -> Image.Image:
+    return Image.open(PHOTOS[index]).convert("RGB")
+
+
+def file_of(image: Image.Image, name: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def sixteen_bit(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image.convert("L"), dtype=np.uint16)
+    return Image.fromarray(grey * 257)  # 0..65535
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    faded = image.copy()
+    faded.putalpha(Image.linear_gradient("L").resize(image.size))
+    return faded
+
+
+# how the same photographs arrive: name -> (bytes, what open_clip would be given)
+def variants() -> dict[str, tuple[bytes, Image.Image]]:
+    made = {p.stem: p.read_bytes() for p in PHOTOS} | {
+        "progressive": file_of(photo(0).resize((1920, 1080)), "JPEG", progressive=True),
+        "cmyk": file_of(photo(1).convert("CMYK"), "JPEG", quality=90),
+        "grey jpeg": file_of(photo(2).convert("L").resize((300, 900)), "JPEG"),
+        "palette png": file_of(photo(3).quantize(64), "PNG"),
+        "alpha png": file_of(with_alpha(photo(4)), "PNG"),
+        "grey and alpha png": file_of(with_alpha(photo(5)).convert("LA"), "PNG"),
+        "black and white png": file_of(photo(6).convert("1"), "PNG"),
+        "webp": file_of(photo(7).resize((1200, 301)), "WEBP", quality=80),
+        "alpha webp": file_of(with_alpha(photo(8)), "WEBP", lossless=True),
+        "gif": file_of(photo(9).quantize(128), "GIF"),
+        "avif": file_of(photo(3), "AVIF"),
+        "tiny": file_of(photo(4).resize((37, 23)), "PNG"),
+    }
+    pairs = {n: (data, Image.open(io.BytesIO(data)).convert("RGB")) for n, data in made.items()}
+    deep = file_of(sixteen_bit(photo(5)), "PNG")
+    pairs["16-bit grey png"] = (deep, photo(5).convert("L").convert("RGB"))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def arrivals() -> dict[str, tuple[bytes, Image.Image]]:
+    return variants()
+
+
+@pytest.fixture(scope="module")
+def references(
+    seeded_hub: Path, arrivals: dict[str, tuple[bytes, Image.Image]]
+) -> dict[str, torch.Tensor]:  # quickgelu, gelu -> (N, 512) unit rows
+    """What open_clip alone gives for the arrivals, with either activation."""
+    rows = {}
+    for name, quick in (("quickgelu", True), ("gelu", False)):
+        model, _, transform = open_clip.create_model_and_transforms(
+            "ViT-B-32", "openai", force_quick_gelu=quick, cache_dir=str(seeded_hub)
+        )
+        pixels = torch.stack([transform(image) for _, image in arrivals.values()])
+        with torch.inference_mode():
+            rows[name] = model.eval().encode_image(pixels, normalize=True)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def vectors(
+    embedder: Embedder, arrivals: dict[str, tuple[bytes, Image.Image]]
+) -> torch.Tensor:  # (N, 512)
+    images = [decode(data, PixelLimits()) for data, _ in arrivals.values()]
+    return torch.tensor(embedder.embed(images))
+
+
+def test_every_mode_and_format_gives_the_vector_of_open_clip(arrivals, vectors, references):
+    cosines = (vectors * references["quickgelu"]).sum(1)
+    assert dict(zip(arrivals, cosines.tolist(), strict=True)) == {
+        name: pytest.approx(1, abs=1e-5) for name in arrivals
+    }
+
+
+def test_no_vector_is_the_one_of_plain_gelu(vectors, references):
+    assert (vectors * references["gelu"]).sum(1).max() < 0.999
+
+
+def test_different_photographs_have_different_vectors(vectors):
+    similar = vectors[: len(PHOTOS)] @ vectors[: len(PHOTOS)].T
+    assert (similar - torch.eye(len(PHOTOS))).max() < 0.99
+
+
+def test_pixels_are_bit_equal_to_open_clips(embedder, arrivals):
+    transform = open_clip.image_transform(224, is_train=False)
+    assert all(
+        torch.equal(embedder.preprocess(image), transform(image)) for _, image in arrivals.values()
+    )
+
+
+def test_vectors_are_unit_rows_of_plain_floats(vectors, embedder):
+    assert (vectors.double().norm(dim=1) - 1).abs().max() < 1e-6
+    (vector,) = embedder.embed([photo(0)])
+    assert {type(x) for x in vector} == {float} and json.loads(json.dumps(vector)) == vector
+
+
+def test_an_image_has_the_same_vector_alone_and_in_a_batch(embedder, vectors, arrivals):
+    alone = torch.tensor(embedder.embed([photo(0)]))
+    assert torch.allclose(alone[0], vectors[list(arrivals).index(PHOTOS[0].stem)], atol=1e-5)
+
+
+def test_normalize_is_honoured_for_each_image(embedder):
+    unit, raw = torch.tensor(embedder.embed([photo(0), photo(0)], [True, False]))
+    assert torch.allclose(raw / raw.norm(), unit, atol=1e-6) and (raw.norm() - 1).abs() > 0.1
+
+
+def test_only_the_image_tower_is_in_memory(embedder):
+    assert sum(p.numel() for p in embedder.tower.parameters()) == 87_849_216
+    assert not any(p.requires_grad for p in embedder.tower.parameters())
+
+
+def test_a_thread_of_an_extreme_image_is_embedded_cheaply(embedder):
+    assert embedder.preprocess(Image.new("RGB", (1, 16_384), "red")).shape == (3, 224, 224)
+
+
+def test_the_tag_loads_offline_from_the_environment_alone(vectors, arrivals, tmp_path):
+    """A process of its own: the hub library reads its variables when it is imported."""
+    code = f"""
+from PIL import Image
+from heimdex_clip_worker.embed import Embedder
+e = Embedder.load("ViT-B-32", "openai", device="cpu")
+assert (e.pretrained, e.activation, e.dim, e.image_size) == ("openai", "quickgelu", 512, 224)
+print(e.embed([Image.open({str(PHOTOS[0])!r}).convert("RGB")])[0])
+"""
+    env = {**os.environ, **seeded.hub_env(tmp_path), "PYTHONPATH": str(seeded.ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = vectors[list(arrivals).index(PHOTOS[0].stem)]
+    assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-5)
+
+
+# --- other architectures ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_name", "activation", "suffix"),
+    [
+        ("ViT-S-32-alt", "gelu", ".pt"),
+        ("RN50", "auto", ".pt"),
+        ("coca_ViT-B-32", "quickgelu", ".safetensors"),
+        ("ViTamin-S", "auto", ".safetensors"),
+        ("MobileCLIP2-S0", "auto", ".safetensors"),
+    ],
+)
+def test_other_towers_equal_open_clips(model_name, activation, suffix, tmp_path):
+    torch.manual_seed(0)
+    options = {"force_quick_gelu": activation == "quickgelu", "pretrained_text": False}
+    model = open_clip.create_model(model_name, **options).eval()
+    tensors = {n: t for n, t in model.state_dict().items() if n.startswith("visual.")}
+    path = seeded.write_checkpoint(tmp_path / f"seeded{suffix}", tensors)
+    loaded = Embedder.load(model_name, str(path), device="cpu", activation=activation)
+    pixels = torch.stack([loaded.preprocess(photo(i)) for i in (0, 3)])
+    with torch.inference_mode():
+        expected = model.encode_image(pixels, normalize=False)
+    rows = loaded.encode(pixels)
+    assert rows.shape == (2, loaded.dim)
+    assert torch.cosine_similarity(rows, expected).min() > 0.99999
+    assert loaded.pretrained == "seeded"
+
+
+# --- wrong things are refused -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def state(seeded_hub: Path) -> dict[str, torch.Tensor]:
+    """The image tower of the seeded weights."""
+    weights = load_file(seeded.seeded_file())
+    return {n: t for n, t in weights.items() if n.startswith("visual.")}
+
+
+def refused(model_name: str, path: Path | str, **options: str) -> str:
+    """Return the one line that a load is refused with."""
+    with pytest.raises(ModelError) as caught:
+        Embedder.load(model_name, str(path), **{"device": "cpu", **options})
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith("CLIP_"), line
+    return line
+
+
+def test_a_file_without_evidence_is_refused_with_both_ways_out(state, tmp_path):
+    path = seeded.write_checkpoint(tmp_path / "silent.safetensors", state)
+    line = refused("ViT-B-32", path)
+    assert "CLIP_ACTIVATION" in line and "CLIP_MODEL_NAME=ViT-B-32-quickgelu" in line
+    assert check_model("ViT-B-32", str(path)) == [line]
+    assert Embedder.load("ViT-B-32-quickgelu", str(path)).activation == "quickgelu"
+
+
+def test_contradicting_evidence_is_refused(state, tmp_path):
+    path = seeded.write_checkpoint(tmp_path / "w.safetensors", state, activation="gelu")
+    assert "disputed" in refused("ViT-B-32-quickgelu", path)
+    assert "disputed" in refused("ViT-B-32", path, activation="quickgelu")
+    assert "disputed" in refused("ViT-B-32", "openai", activation="gelu")
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"quick_gelu": True}, "preprocess_cfg": {}})
+    )
+    assert "open_clip_config.json says quickgelu" in refused("ViT-B-32", path)
+
+
+def test_the_config_beside_a_file_tells_activation_and_preprocessing(seeded_hub, tmp_path):
+    loaded = Embedder.load("ViT-B-32", str(seeded.seeded_file()), device="cpu")
+    assert (loaded.activation, loaded.pretrained) == ("quickgelu", "open_clip_model")
+    squashed = {"model_cfg": {}, "preprocess_cfg": {"resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(squashed))
+    assert embed.file_facts("ViT-B-32", tmp_path / "w.pt") == {"resize_mode": "squash"}
+
+
+def test_weights_that_do_not_fit_are_refused(state, tmp_path):
+    options = {"activation": "quickgelu"}
+    path = tmp_path / "w.safetensors"
+    seeded.write_checkpoint(path, state)
+    assert "positional_embedding" in refused("ViT-B-32-256", path, **options)
+    assert "missing" in refused("ViT-L-14", path, **options)
+    seeded.write_checkpoint(path, {n: t for n, t in state.items() if n != "visual.proj"})
+    assert "1 missing (proj)" in refused("ViT-B-32", path, **options)
+    seeded.write_checkpoint(path, {**state, "visual.extra": torch.zeros(1)})
+    assert "1 unknown (extra)" in refused("ViT-B-32", path, **options)
+    seeded.write_checkpoint(path, {"something": torch.zeros(1)})
+    assert "152 missing" in refused("ViT-B-32", path, **options)
+
+
+def test_damaged_files_are_refused(seeded_hub, tmp_path):
+    whole = seeded.seeded_file().read_bytes()
+    noise = bytes(range(255, 0, -1))
+    contents = {"empty": b"", "noise": noise, "torn": whole[:1_000_000], "page": b"<html>"}
+    for name, data in contents.items():
+        for suffix in (".safetensors", ".pt", ".bin"):
+            path = tmp_path / f"{name}{suffix}"
+            path.write_bytes(data)
+            assert "cannot be read" in refused("ViT-B-32", path, activation="quickgelu")
+    not_by_name = tmp_path / "tensor.pt"
+    torch.save(torch.zeros(3), not_by_name)
+    assert "152 missing" in refused("ViT-B-32", not_by_name, activation="quickgelu")
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for name, options in (("new.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
+        torch.save({"visual.proj": Evil()}, tmp_path / name, **options)
+        assert "nothing in it was run" in refused("ViT-B-32", tmp_path / name, activation="quickgelu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_openais_own_torchscript_archives_are_opened(tmp_path, monkeypatch):
+    class Archive(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    path = tmp_path / "ViT-B-32.pt"
+    torch.jit.save(torch.jit.script(Archive()), path)
+    assert zipfile.is_zipfile(path)
+    assert "none of OpenAI's own" in refused("ViT-B-32", path)
+    assert "none of OpenAI's own" in refused("ViT-B-32", path, activation="quickgelu")
+    assert "none of OpenAI's own" in refused("RN50", path)
+    monkeypatch.setattr(embed, "check_archive", lambda path: None)
+    assert embed.file_evidence(path) == {"OpenAI's archive": "quickgelu"}
+    assert "152 missing" in refused("ViT-B-32", path)
+
+
+def test_a_hub_out_of_reach_is_refused_and_never_replaced_by_random_weights(tmp_path):
+    line = refused("ViT-B-32", "openai", cache_dir=str(tmp_path))
+    assert line.startswith("CLIP_PRETRAINED='openai' is neither in the hub cache")
+    assert "https://huggingface.co/timm/vit_base_patch32_clip_224.openai:" in line
+
+
+def test_a_damaged_file_in_the_hub_cache_is_refused(tmp_path):
+    repo = tmp_path / f"models--{seeded.REPO.replace('/', '--')}"
+    file = repo / "snapshots" / seeded.REVISION / seeded.FILE
+    file.parent.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(seeded.REVISION)
+    file.write_bytes(b"half a download")
+    assert "cannot be read" in refused("ViT-B-32", "openai", cache_dir=str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_refused_and_auto_does_without():
+    assert refused("ViT-B-32", "openai", device="cuda").startswith("CLIP_DEVICE='cuda'")
+    assert str(embed.pick_device("auto")) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("model_name", "pretrained", "said"),
+    [
+        ("ViT-B/32", "openai", "CLIP_MODEL_NAME='ViT-B/32'.*did you mean ViT-B-32"),
+        ("hf-hub:timm/x", "openai", "CLIP_MODEL_NAME='hf-hub:timm/x' is not a model"),
+        ("ViT-B-32", "laion", "CLIP_PRETRAINED='laion'.*tags: openai, laion400m_e31"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "CLIP_PRETRAINED=.*is not a tag of"),
+        ("ViT-M-32", "openai", r"its tags: none\); a checkpoint file is given by its path"),
+        ("ViT-B-32", "/nowhere/w.pt", "CLIP_PRETRAINED='/nowhere/w.pt' is not a file"),
+        ("ViT-B-32", "weights.onnx", "CLIP_PRETRAINED='weights.onnx' must end in"),
+    ],
+)
+def test_a_wrong_name_is_found_before_loading(model_name, pretrained, said):
+    (problem,) = check_model(model_name, pretrained, "auto")
+    assert re.search(said, problem)
+
+
+def test_every_published_tag_passes_the_check():
+    assert [p for m, tag in open_clip.list_pretrained() for p in check_model(m, tag, "auto")] == []
+
+
+# --- failures while running ---------------------------------------------------
+
+
+class Broken(torch.nn.Module):
+    """A tower that answers with one value, or raises one error."""
+
+    def __init__(self, outcome: float | RuntimeError):
+        super().__init__()
+        self.outcome = outcome
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.outcome, RuntimeError):
+            raise self.outcome
+        return torch.full((len(pixels), 4), self.outcome)
+
+
+def failing(outcome: float | RuntimeError) -> Embedder:
+    transform = embed.make_transform({}, 8)
+    return Embedder(Broken(outcome), transform, "fake", "fake", "fixed", 4, 8, "cpu")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_vector_without_direction_is_never_an_answer(value, normalize):
+    with pytest.raises(InferenceFailed) as caught:
+        failing(value).embed([photo(0)], normalize)
+    assert str(caught.value) == "Inference failed" and not caught.value.fatal
+
+
+@pytest.mark.parametrize(
+    ("error", "fatal"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_only_a_lost_device_is_fatal(error, fatal):
+    with pytest.raises(InferenceFailed) as caught:
+        failing(error).warm_up()
+    assert caught.value.fatal is fatal and caught.value.detail.startswith(type(error).__name__)

@@ -46,14 +46,11 @@ __all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'DNS_THREADS', 'MAX_INTERIM', 
 # %% ../nbs/03_download.ipynb #limits
 @dataclass(frozen=True)
 class Limits:
-    """What one image may cost."""
+    """What one fetch may cost."""
 
     max_bytes: int = 10_485_760  # of the body, on the wire and after decompression
     timeout_s: float = 30.0  # for the whole fetch: DNS, connection, TLS, every hop, the last byte
-    max_pixels: int = 50_000_000  # width times height, see `decode`
-    max_side: int = 16_384  # pixels
     max_redirects: int = 3
-    max_scans: int = 100  # of a JPEG; ordinary progressive ones have 10
     dns_timeout_s: float = 5.0  # for one look-up
 
 
@@ -362,7 +359,7 @@ def _open_session(
     policy: Policy,
     ssl_context: ssl.SSLContext,
 ) -> aiohttp.ClientSession:
-    """Return a session that dials checked addresses only and knows no environment, cookie or past."""
+    """Return a session that dials checked addresses only and has no memory or environment."""
     connector = aiohttp.TCPConnector(
         resolver=resolver,
         use_dns_cache=False,

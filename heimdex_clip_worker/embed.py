@@ -292,8 +292,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"CLIP_PRETRAINED={str(path)!r} cannot be read as weights: it is damaged, or holds more "
-            "than tensors; nothing in it was run"
+            f"CLIP_PRETRAINED={str(path)!r} cannot be read as weights: it is damaged, or holds "
+            "more than tensors; nothing in it was run"
         ) from error
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise unreadable(path, error) from error
@@ -333,8 +333,8 @@ def fetch_weights(
         why = " ".join(str(error).split("Last error: ")[-1].split())[:200]
         raise ModelError(
             f"{weights} is neither in the hub cache nor to be had from "
-            f"https://huggingface.co/{repository.strip('/')}: allow that connection, bring a filled "
-            f"cache (HF_HOME), or set CLIP_PRETRAINED to a file ({why})"
+            f"https://huggingface.co/{repository.strip('/')}: allow that connection, bring a "
+            f"filled cache (HF_HOME), or set CLIP_PRETRAINED to a file ({why})"
         ) from error
 
 # %% ../nbs/04_embed.ipynb #build-tower
@@ -523,9 +523,8 @@ class Embedder:
         cls, model_name: str, pretrained: str, *, device="auto", activation="auto", cache_dir=None
     ) -> Embedder:
         """Return the embedder that was asked for, see `load`; raise ModelError."""
-        return load(
-            model_name, pretrained, device=device, activation=activation, cache_dir=cache_dir
-        )
+        options = {"device": device, "activation": activation, "cache_dir": cache_dir}
+        return load(model_name, pretrained, **options)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:  # RGB -> (3, S, S) float32
         """Return an image as the weights expect it."""
@@ -539,10 +538,9 @@ class Embedder:
         self, images: list[Image.Image], normalize: list[bool] | bool = True
     ) -> list[list[float]]:
         """Return the vectors of RGB images of any size; raise InferenceFailed, never a bad one."""
-        if not images:
-            return []
         wanted = [normalize] * len(images) if isinstance(normalize, bool) else normalize
-        return to_vectors(self.encode(torch.stack([*map(self.preprocess, images)])), wanted)
+        pixels = [self.preprocess(image) for image in images]
+        return to_vectors(self.encode(torch.stack(pixels)), wanted) if pixels else []
 
     def warm_up(self) -> None:
         """Run once, so that the first job does not wait for it; raise InferenceFailed."""

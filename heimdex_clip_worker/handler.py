@@ -32,7 +32,7 @@ from heimdex_clip_worker.errors import (
     WorkerError,
     to_reply,
 )
-from .settings import Settings
+from .settings import Settings, from_environ
 
 log = logging.getLogger("heimdex_clip_worker")
 
@@ -139,7 +139,7 @@ class Vector:
     size: tuple[int, int]  # width and height of the image as downloaded
     timings: dict[str, float]  # milliseconds
 
-
+# %% ../nbs/06_handler.ipynb #pipeline
 class Pipeline:
     """URL in, vector out; waits on the event loop, computes in threads."""
 
@@ -393,7 +393,7 @@ def main() -> None:
         return
     start = time.perf_counter()
     try:
-        settings = Settings.from_environ(checks=[model_problems])
+        settings = from_environ(checks=[model_problems])
         set_up_logging(settings.log_level)
         log.info("Loading %s (%s)", settings.model_name, settings.pretrained)
         worker = build(settings)

@@ -17,8 +17,8 @@ from .errors import SettingsError
 
 # %% auto #0
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'number', 'word', 'flag',
-           'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'environment_for',
-           'environment_table']
+           'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'from_environ',
+           'environment_for', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -262,14 +262,6 @@ class Settings:
             raise SettingsError(problems)
         return cls(**values)
 
-    @classmethod
-    def from_environ(
-        cls,
-        checks: Iterable[Callable[[dict[str, Any]], list[str]]] = (),  # as in from_env
-    ) -> Settings:
-        """Return the settings of this process; the one place that reads `os.environ`."""
-        return cls.from_env(os.environ, checks)
-
 # %% ../nbs/01_settings.ipynb #read
 def read(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Return the readable values of `env` by field, and a sentence for each unreadable one."""
@@ -295,6 +287,13 @@ def _needs_a_key(values: dict[str, Any]) -> list[str]:
         "EMBEDDING_HMAC_SECRET is missing: set the secret that callers sign with "
         "(for example the output of `openssl rand -hex 32`)"
     ]
+
+# %% ../nbs/01_settings.ipynb #from-environ
+def from_environ(
+    checks: Iterable[Callable[[dict[str, Any]], list[str]]] = (),  # as in Settings.from_env
+) -> Settings:
+    """Return the settings of this process; raise SettingsError naming every problem at once."""
+    return Settings.from_env(os.environ, checks)
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

@@ -81,13 +81,14 @@ def arrivals() -> dict[str, tuple[bytes, Image.Image]]:
 def references(
     seeded_hub: Path, arrivals: dict[str, tuple[bytes, Image.Image]]
 ) -> dict[str, torch.Tensor]:  # quickgelu, gelu -> (N, 512) unit rows
-    """What open_clip alone gives for the arrivals, with either activation."""
+    """What open_clip alone gives for the arrivals; of plain GELU the first ones are enough."""
     rows = {}
     for name, quick in (("quickgelu", True), ("gelu", False)):
         model, _, transform = open_clip.create_model_and_transforms(
             "ViT-B-32", "openai", force_quick_gelu=quick, cache_dir=str(seeded_hub)
         )
-        pixels = torch.stack([transform(image) for _, image in arrivals.values()])
+        images = [image for _, image in arrivals.values()][: None if quick else len(PHOTOS)]
+        pixels = torch.stack([transform(image) for image in images])
         with torch.inference_mode():
             rows[name] = model.eval().encode_image(pixels, normalize=True)
     return rows
@@ -109,7 +110,7 @@ def test_every_mode_and_format_gives_the_vector_of_open_clip(arrivals, vectors, 
 
 
 def test_no_vector_is_the_one_of_plain_gelu(vectors, references):
-    assert (vectors * references["gelu"]).sum(1).max() < 0.999
+    assert (vectors[: len(PHOTOS)] * references["gelu"]).sum(1).max() < 0.999
 
 
 def test_different_photographs_have_different_vectors(vectors):
@@ -274,8 +275,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     for name, options in (("new.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
-        torch.save({"visual.proj": Evil()}, tmp_path / name, **options)
-        assert "nothing in it was run" in refused("ViT-B-32", tmp_path / name, activation="quickgelu")
+        torch.save({"visual.proj": Evil()}, path := tmp_path / name, **options)
+        assert "nothing in it was run" in refused("ViT-B-32", path, activation="gelu")
     assert not (tmp_path / "ran").exists()
 
 

@@ -133,7 +133,7 @@ def test_an_unreachable_host_is_an_error(ask: Ask):
 @pytest.mark.parametrize("host", ["10.0.0.1", "169.254.169.254", "0.0.0.0"])
 def test_a_host_that_is_not_public_is_refused(ask: Ask, host: str):
     said = ask(f"http://{host}/a.jpg")
-    assert failure(said) == "Image download failed: Address not allowed"
+    assert failure(said) == "Image download failed: URL not allowed"
 
 
 def test_the_log_tells_all_of_it_and_no_secret(server, ask: Ask, photos: PhotoServer):

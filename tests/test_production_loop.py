@@ -249,7 +249,7 @@ def test_what_goes_wrong_reaches_the_caller_and_harms_nobody_else(served, photos
         (signed(nobody), f"{failed}: Connection failed", "CONNECT_FAILED", True),
         (
             signed("http://10.0.0.1/a.jpg"),
-            f"{failed}: Address not allowed",
+            f"{failed}: URL not allowed",
             "URL_NOT_ALLOWED",
             False,
         ),

@@ -45,7 +45,7 @@ MAGIC = {
     "PNG": rb"\x89PNG\r\n\x1a\n",
     "GIF": rb"GIF8[79]a",
     "WEBP": rb"RIFF....WEBP",
-    "AVIF": rb"....ftyp(.{4}){0,12}?avi[fs]",  # the brand, or one that it says it is compatible with
+    "AVIF": rb"....ftyp(.{4}){0,12}?avi[fs]",  # its brand, or one it is compatible with
 }
 DECODERS = {
     "JPEG": JpegImageFile,
@@ -195,8 +195,8 @@ def _check_size(
 # %% ../nbs/03a_decode.ipynb #to-rgb
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return a loaded image as 8-bit RGB."""
-    if image.mode.startswith("I"):  # 16 bits of grey
-        image = image.point([value >> 8 for value in range(65_536)], "L")
+    if image.mode == "I;16":  # grey of a PNG; "L;16" reads the high byte of each value
+        image = Image.frombytes("L", image.size, image.tobytes(), "raw", "L;16")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../nbs/03a_decode.ipynb #middle
@@ -216,8 +216,8 @@ def _middle(image: Image.Image) -> Image.Image:
 
 # %% ../nbs/03a_decode.ipynb #decode
 _DAMAGE = (
-    OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, AssertionError, Warning,
-    LookupError, ArithmeticError, EOFError, MemoryError, struct.error, zlib.error,
+    OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, AssertionError,
+    Warning, LookupError, ArithmeticError, EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 _STRIP = {"PNG": _strip_png, "GIF": _strip_gif, "AVIF": _strip_avif}
 

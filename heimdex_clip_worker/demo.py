@@ -46,7 +46,7 @@ def weights_at_hand() -> bool:
 
 
 def hub_answers(patience_s: float = 10.0) -> bool:
-    """Tell whether the weights can be fetched; answers within `patience_s` whatever the network does."""
+    """Tell within `patience_s`, whatever the network does, whether the weights can be fetched."""
     from huggingface_hub import constants, hf_hub_url
 
     def ask() -> None:

@@ -34,7 +34,7 @@ class PixelLimits:
 
 
 PLAIN = 8  # bytes a pixel: the image and its conversion to RGB
-COSTLY = {"WEBP": 16, "AVIF": 16}  # bytes a pixel
+COSTLY = {"WEBP": 16, "AVIF": 20}  # bytes a pixel; of an AVIF with alpha and more than 8 bits
 SCANNED = (
     20  # a JPEG's scans times its pixels, in units of max_pixels; a pixel scanned takes 0.4 ns
 )

@@ -40,8 +40,8 @@ from heimdex_clip_worker.errors import (
 )
 
 # %% auto #0
-__all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'DNS_THREADS', 'MAX_INTERIM', 'REDIRECTS', 'Limits', 'Policy', 'check_address',
-           'Target', 'check_url', 'resolve_ipv4', 'Fetcher']
+__all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'DNS_THREADS', 'MAX_INTERIM', 'REDIRECTS', 'CONNECT_TIMEOUT_S', 'Limits',
+           'Policy', 'check_address', 'Target', 'check_url', 'resolve_ipv4', 'Fetcher']
 
 # %% ../nbs/03_download.ipynb #limits
 @dataclass(frozen=True)
@@ -354,6 +354,9 @@ def _next_target(
     return target
 
 # %% ../nbs/03_download.ipynb #open-session
+CONNECT_TIMEOUT_S = 10.0  # for one address, TLS included; the next one gets its turn
+
+
 def _open_session(
     resolver: AbstractResolver,
     policy: Policy,
@@ -366,6 +369,7 @@ def _open_session(
         socket_factory=partial(_open_socket, policy=policy),
         ssl=ssl_context,
         family=socket.AF_INET,
+        happy_eyeballs_delay=None,
         force_close=True,
         limit=0,  # as many as there are fetches
     )
@@ -374,7 +378,7 @@ def _open_session(
         response_class=_Response,
         middlewares=(_send_once,),
         headers={"User-Agent": "heimdex-clip-worker", "Accept-Encoding": "identity"},
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # see `Fetcher.fetch`
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,  # no proxies, no .netrc

@@ -22,7 +22,7 @@ from typing import Any
 from .auth import Keyring, verify
 from .decode import PixelLimits, decode
 from .download import Fetcher, Limits, Policy
-from .embed import Embedder, check_model, to_vectors
+from .embed import Embedder, to_vectors
 from heimdex_clip_worker.errors import (
     InferenceFailed,
     InternalError,
@@ -33,6 +33,7 @@ from heimdex_clip_worker.errors import (
     to_reply,
 )
 from .settings import Settings, from_environ
+from .weights import check_model
 
 log = logging.getLogger("heimdex_clip_worker")
 

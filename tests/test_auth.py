@@ -338,6 +338,21 @@ def test_a_clock_gone_mad_accepts_nothing(now):
     assert [verdict(HONEST[1], now), verdict(HONEST[2], now)] == ["AUTH_EXPIRED"] * 2
 
 
+@pytest.mark.parametrize("version", [1, 2, "unknown kid"])
+def test_signatures_are_compared_in_constant_time(version, monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        auth.hmac, "compare_digest", lambda *both: compared.append(both) or both[0] == both[1]
+    )
+    job = HONEST[1 if version == 1 else 2]
+    kid = {"kid": "2020-01"} if version == "unknown kid" else {}
+    ended = verdict({**job, "auth": {**job["auth"], **kid}})
+    assert ended == ("AUTH_FAILED" if kid else "OK")
+    assert [(type(ours), len(ours), type(given)) for ours, given in compared] == [
+        (bytes, 64, bytes)
+    ]
+
+
 def test_a_huge_job_is_not_even_copied():
     class Huge(dict):
         def __len__(self):

@@ -20,10 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import heimdex_clip_worker
-from heimdex_clip_worker import embed
+from heimdex_clip_worker import embed, weights
 from heimdex_clip_worker.decode import PixelLimits, decode
-from heimdex_clip_worker.embed import Embedder, check_model
+from heimdex_clip_worker.embed import Embedder
 from heimdex_clip_worker.errors import InferenceFailed, ModelError
+from heimdex_clip_worker.weights import check_model
 
 SHIPPED = Path(heimdex_clip_worker.__file__).parent / "photos"
 PHOTOS = sorted(p for p in SHIPPED.iterdir() if p.suffix in (".jpg", ".png"))
@@ -238,7 +239,7 @@ def test_the_config_beside_a_file_tells_activation_and_preprocessing(seeded_hub,
     assert (loaded.activation, loaded.pretrained) == ("quickgelu", "open_clip_model")
     squashed = {"model_cfg": {}, "preprocess_cfg": {"resize_mode": "squash"}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(squashed))
-    assert embed.file_facts("ViT-B-32", tmp_path / "w.pt") == {"resize_mode": "squash"}
+    assert weights.file_facts("ViT-B-32", tmp_path / "w.pt") == {"resize_mode": "squash"}
 
 
 def test_weights_that_do_not_fit_are_refused(state, tmp_path):
@@ -291,8 +292,8 @@ def test_only_openais_own_torchscript_archives_are_opened(tmp_path, monkeypatch)
     assert "none of OpenAI's own" in refused("ViT-B-32", path)
     assert "none of OpenAI's own" in refused("ViT-B-32", path, activation="quickgelu")
     assert "none of OpenAI's own" in refused("RN50", path)
-    monkeypatch.setattr(embed, "check_archive", lambda path: None)
-    assert embed.file_evidence(path) == {"OpenAI's archive": "quickgelu"}
+    monkeypatch.setattr(weights, "check_archive", lambda path: None)
+    assert weights.file_evidence(path) == {"OpenAI's archive": "quickgelu"}
     assert "152 missing" in refused("ViT-B-32", path)
 
 

@@ -30,18 +30,20 @@ MAY_IMPORT = {
     "auth": {"errors"},
     "download": {"errors"},
     "decode": {"errors"},
-    "embed": {"errors"},
+    "weights": {"errors"},
+    "embed": {"errors", "weights"},
     "batch": {"errors", "download", "decode", "embed"},
-    "handler": {"errors", "settings", "auth", "download", "decode", "embed", "batch"},
+    "handler": {"errors", "settings", "auth", "download", "decode", "weights", "embed", "batch"},
     "client": {"errors", "auth"},
     "backfill": {"errors", "settings", "client"},
 }
 COMMANDS = {"demo", "local", "cli"}  # may import anything, the heavy things inside functions
-BUILT = {"errors", "settings", "auth", "download", "decode", "embed", "handler", "demo"}
+BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {
     "download": {"torch", "torchvision", "open_clip", "requests", "runpod"},
     "decode": {"torch", "torchvision", "open_clip", "requests", "runpod", "aiohttp"},
+    "weights": {"requests", "aiohttp", "runpod"},
     "embed": {"requests", "aiohttp", "runpod"},
     "client": HEAVY,
     "backfill": HEAVY,

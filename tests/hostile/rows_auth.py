@@ -155,6 +155,11 @@ HONEST = [
 ]
 
 SHAPE = [
+    failed("input-null", lambda kit: None, INVALID),
+    failed("input-true", lambda kit: True, INVALID),
+    failed("input-a-list", lambda kit: [kit.v1()], INVALID),
+    failed("input-json-in-a-string", lambda kit: json.dumps(kit.v1()), INVALID),
+    failed("input-empty", lambda kit: {}, INVALID),
     failed("auth-missing", lambda kit: {"image_url": kit.url}),
     failed("auth-null", lambda kit: {"image_url": kit.url, "auth": None}),
     failed("auth-true", lambda kit: {"image_url": kit.url, "auth": True}),
@@ -481,11 +486,7 @@ V2_FORGED = [
         "v1-message-shaped-like-v2",
         lambda kit: changed(
             kit.v2(kid="v1"),
-            {
-                "sig": kit.mac(
-                    f"CLIPW-HMAC-SHA256-V2\n{kit.audience}\nv1\n{kit.now}\n1|{kit.now}"
-                )
-            },
+            {"sig": kit.mac(f"CLIPW-HMAC-SHA256-V2\n{kit.audience}\nv1\n{kit.now}\n1|{kit.now}")},
         ),
     ),
 ]

@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from .errors import DecodeFailed, ImageLimits, UnsupportedFormat
 
 # %% auto #0
-__all__ = ['PLAIN', 'COSTLY', 'SCANNED', 'MAGIC', 'DECODERS', 'MAX_PARTS', 'MAX_RATIO', 'PixelLimits', 'sniff', 'decode']
+__all__ = ['PLAIN', 'COSTLY', 'SCANNED', 'MAGIC', 'DECODERS', 'MAX_PARTS', 'PixelLimits', 'sniff', 'decode']
 
 # %% ../nbs/03a_decode.ipynb #pixel-limits
 @dataclass(frozen=True)
@@ -199,21 +199,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.frombytes("L", image.size, image.tobytes(), "raw", "L;16")
     return image if image.mode == "RGB" else image.convert("RGB")
 
-# %% ../nbs/03a_decode.ipynb #middle
-MAX_RATIO = 100  # long side to short side
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """Return the middle of an image that is extremely long, else the image."""
-    (short, long), (width, height) = sorted(image.size), image.size
-    keep = MAX_RATIO * short
-    keep += (long - keep) % 2  # as much from either end
-    if long <= keep:
-        return image
-    start = (long - keep) // 2
-    wide = (start, 0, start + keep, height)
-    return image.crop(wide if width > height else (0, start, width, start + keep))
-
 # %% ../nbs/03a_decode.ipynb #decode
 _DAMAGE = (
     OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, AssertionError,
@@ -243,7 +228,7 @@ def decode(
         image.load()
         if hasattr(image, "_decoder"):  # WebP's and AVIF's keep their canvases
             image._decoder = None
-        return _middle(_to_rgb(image))
+        return _to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageLimits(detail="more pixels than Pillow itself allows") from error
     except _DAMAGE as error:

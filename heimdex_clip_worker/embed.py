@@ -57,12 +57,14 @@ MAX_RATIO = 100  # long side to short side; photographs stay far below
 
 def trim(image: Image.Image) -> Image.Image:
     """Return the image, cut to its middle if it is longer than MAX_RATIO times its short side."""
-    width, height = image.size
-    across, down = min(width, MAX_RATIO * height), min(height, MAX_RATIO * width)
-    if (across, down) == (width, height):
+    (short, long), (width, height) = sorted(image.size), image.size
+    keep = MAX_RATIO * short
+    keep += (long - keep) % 2  # as much from either end
+    if long <= keep:
         return image
-    left, top = (width - across) // 2, (height - down) // 2
-    return image.crop((left, top, left + across, top + down))
+    start = (long - keep) // 2
+    wide = (start, 0, start + keep, height)
+    return image.crop(wide if width > height else (0, start, width, start + keep))
 
 # %% ../nbs/04_embed.ipynb #failures
 MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")

@@ -142,11 +142,11 @@ def _read_url(url: str) -> tuple[str, str, int, str]:  # scheme, host, port, pat
         one, other = urlsplit(url), URL(url, encoded=True)
         read = (one.scheme, one.hostname, one.port or {"http": 80, "https": 443}.get(one.scheme))
         same = read == (other.scheme, (other.raw_host or "").lower(), other.port)
-    except ValueError as error:
+    except (ValueError, LookupError) as error:  # yarl raises IndexError on "http://@]"
         raise InvalidUrl(detail="a parser refuses it") from error
     if one.scheme not in ("http", "https"):
         raise InvalidUrl("Invalid URL (http and https are allowed)")
-    if not same or not one.hostname or "@" in one.netloc or one.port == 0:
+    if not same or not one.hostname or "@" in one.netloc:
         raise InvalidUrl("Invalid URL (host, port or user name)")
     path = url.split("#")[0].split("://", 1)[1][len(one.netloc) :]
     return one.scheme, one.hostname, read[2], path if path.startswith("/") else f"/{path}"

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .auth import Keyring, verify
@@ -39,9 +40,9 @@ log = logging.getLogger("heimdex_clip_worker")
 
 # %% auto #0
 __all__ = ['log', 'MAX_REQUEST_ID', 'MAX_URL', 'UNKNOWN', 'FIELDS', 'Request', 'read_request_id', 'parse',
-           'refuse_unknown_fields', 'Downloads', 'Vector', 'Pipeline', 'success_reply', 'sealed', 'where', 'Door',
-           'Service', 'refuse', 'is_fatal', 'Worker', 'build', 'stop_taking_jobs', 'model_problems', 'set_up_logging',
-           'serve', 'main']
+           'refuse_unknown_fields', 'Downloads', 'Vector', 'in_thread', 'Pipeline', 'success_reply', 'sealed', 'where',
+           'Door', 'Service', 'refuse', 'is_fatal', 'Worker', 'build', 'stop_taking_jobs', 'model_problems',
+           'set_up_logging', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #request
 MAX_REQUEST_ID = 128  # printable characters
@@ -140,6 +141,23 @@ class Vector:
     size: tuple[int, int]  # width and height of the image as downloaded
     timings: dict[str, float]  # milliseconds
 
+# %% ../nbs/06_handler.ipynb #in-thread
+async def in_thread(
+    loop: asyncio.AbstractEventLoop,
+    pool: ThreadPoolExecutor,
+    function: Callable[..., Any],
+    *args: Any,
+) -> Any:
+    """Return what `function` returns in a thread of `pool`; raise what it raises."""
+
+    def call() -> Any:
+        try:
+            return function(*args)
+        except StopIteration as error:
+            raise RuntimeError("StopIteration in a thread") from error
+
+    return await loop.run_in_executor(pool, call)
+
 # %% ../nbs/06_handler.ipynb #pipeline
 class Pipeline:
     """URL in, vector out; waits on the event loop, computes in threads."""
@@ -158,7 +176,7 @@ class Pipeline:
 
     async def run(self, url: str, normalize: bool) -> Vector:
         """Return the vector of the image behind `url`; raise WorkerError subclasses only."""
-        run_in = asyncio.get_running_loop().run_in_executor
+        run_in = partial(in_thread, asyncio.get_running_loop())
         start = time.perf_counter()
         data = await self.downloads.fetch(url)
         size, pixels, decode_s, ready = await run_in(self._decoders, self._pixels, data)
@@ -177,6 +195,8 @@ class Pipeline:
 
     def _embed(self, pixels: Any, normalize: bool) -> list[float]:
         rows = self.embedder.encode(pixels[None])  # (1, 3, S, S) -> (1, dim)
+        if tuple(rows.shape) != (1, self.embedder.dim):
+            raise InferenceFailed(detail=f"rows of shape {tuple(rows.shape)}")
         return to_vectors(rows, [normalize])[0]  # (dim,)
 
 # %% ../nbs/06_handler.ipynb #success-reply

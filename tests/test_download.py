@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
+import re
 import socket
 import ssl
 import threading
@@ -167,6 +169,44 @@ def test_an_address_that_says_nothing_gives_way_to_the_next(monkeypatch):
     ):
         url = f"https://a.example:{port}/"
         assert code(url, resolve=both, ssl_context=trusting(AUTHORITY)) == "ok"
+
+
+def test_every_fetch_looks_the_name_up_again():
+    """A name that was public a moment ago is not trusted now."""
+    found = ["127.0.0.1"]
+
+    async def rebind(host: str) -> list[str]:
+        return [found.pop() if found else "10.0.0.1"]
+
+    async def go(url: str) -> str:
+        async with Fetcher(Limits(), LOCAL, resolve=rebind) as fetcher:
+            assert await fetcher.fetch(url) == b"photo"
+            with pytest.raises(UrlNotAllowed):
+                await fetcher.fetch(url)
+
+    with serve(say(PHOTO)) as (port, _):
+        asyncio.run(go(f"http://a.example:{port}/"))
+
+
+def test_a_cookie_is_not_kept():
+    answer = say(PHOTO.replace(b"OK\r\n", b"OK\r\nSet-Cookie: a=b; Path=/\r\n"))
+
+    async def go(url: str) -> None:
+        async with Fetcher(Limits(), LOCAL, resolve=here) as fetcher:
+            assert await fetcher.fetch(url) == await fetcher.fetch(url) == b"photo"
+
+    with serve(answer) as (port, asked):
+        asyncio.run(go(f"http://a.example:{port}/"))
+    assert len(asked) == 2 and "Cookie" not in asked[1]
+
+
+def test_no_url_makes_a_parser_raise_anything_else():
+    chance, letters = random.Random(0), "a1.:/?#[]@%-_~!$&'()*+,;=<>|^`{}\"\\ A0\u00e9"
+    for _ in range(20_000):
+        rest = "".join(chance.choices(letters, k=chance.randint(1, 9)))
+        with contextlib.suppress(DownloadError):
+            target = check_url(chance.choice(["http://", "https://"]) + rest, Policy())
+            assert re.fullmatch(r"[a-z0-9.-]+", target.host) and target.port in (80, 443)
 
 
 # TLS

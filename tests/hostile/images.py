@@ -25,7 +25,9 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
     down = Image.linear_gradient("L").resize(size)
     circle = Image.radial_gradient("L").resize(size)
     if mode == "I;16":
-        values = [(x * 65535 // width + y * 257) % 65536 for y in range(height) for x in range(width)]
+        values = [
+            (x * 65535 // width + y * 257) % 65536 for y in range(height) for x in range(width)
+        ]
         return Image.frombytes("I;16", size, struct.pack(f"<{len(values)}H", *values))
     if mode in ("RGBA", "LA"):
         bands = [across, down, circle, down] if mode == "RGBA" else [circle, across]
@@ -88,7 +90,15 @@ def deflated(parts: Iterable[bytes], level: int = 6) -> bytes:
     return b"".join([compress.compress(part) for part in parts] + [compress.flush()])
 
 
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 
 
 def interlaced(size: tuple[int, int], depth: int, color: int, filter: int = 0, level=1) -> bytes:

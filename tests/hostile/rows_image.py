@@ -1,0 +1,461 @@
+"""The catalogue's rows for image bytes: files that strangers send, and how decoding must end.
+
+A row is data: its `id`, `build`, which makes the file, and what it must end with: the wire `code`
+of an error, or "OK" and then `pixels`, the picture that must come out, bit for bit. Where `pixels`
+is None that is what open_clip's reference pipeline makes of the file: `Image.open` and
+`convert("RGB")`, orientation, colour profile and alpha left as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import images as im
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image file."""
+
+    id: str
+    code: str  # "OK", or the code of the error
+    build: Callable[[], bytes]
+    pixels: Callable[[], Image.Image] | None = None  # None: the reference pipeline's
+    heavy: bool = False  # measured in a process of its own
+    wrong_now: str = ""  # why the code fails this row today
+
+
+def good(id: str, build: Callable[[], bytes], pixels=None, **more) -> Row:
+    """A file that must be decoded."""
+    return Row(id, "OK", build, pixels, **more)
+
+
+def damaged(id: str, build: Callable[[], bytes], **more) -> Row:
+    """A file that must end as DECODE_FAILED."""
+    return Row(id, "DECODE_FAILED", build, **more)
+
+
+def limited(id: str, build: Callable[[], bytes], **more) -> Row:
+    """A file that must end as IMAGE_LIMITS."""
+    return Row(id, "IMAGE_LIMITS", build, **more)
+
+
+def unsupported(id: str, build: Callable[[], bytes], **more) -> Row:
+    """A file that must end as UNSUPPORTED_FORMAT."""
+    return Row(id, "UNSUPPORTED_FORMAT", build, **more)
+
+
+def save(mode: str, format: str, **options) -> Callable[[], bytes]:
+    """Return a builder of `picture(mode)` in a format."""
+    return lambda: im.saved(im.picture(mode), format, **options)
+
+
+@cache
+def tables_only() -> bytes:
+    """Return a JPEG without its scan."""
+    data = im.ordinary("JPEG")
+    return data[: data.index(b"\xff\xda")] + b"\xff\xd9"
+
+
+def high_bytes() -> Image.Image:
+    """Return what a 16-bit grey picture shows in 8 bits."""
+    wide = im.picture("I;16")
+    return Image.frombytes("L", wide.size, wide.tobytes()[1::2]).convert("RGB")
+
+
+def exif(orientation: int) -> bytes:
+    """Return EXIF data with an orientation."""
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found.tobytes()
+
+
+def plain() -> Image.Image:
+    """Return the picture that most rows hold."""
+    return im.picture("RGB")
+
+
+HUGE_EXIF = b"Exif\0\0" + b"MM\0*" + b"\0" * 65_000
+ICC = b"\0\0\1\0lcms" + b"\2" * 200_000
+
+MODES = [
+    *[
+        good(f"png-{mode.lower().replace(';', '')}", save(mode, "PNG"))
+        for mode in ("1", "L", "LA", "P", "RGB", "RGBA")
+    ],
+    *[
+        good(f"jpeg-{mode.lower()}", save(mode, "JPEG", quality=90))
+        for mode in ("L", "RGB", "CMYK", "YCbCr")
+    ],
+    *[good(f"webp-{mode.lower()}", save(mode, "WEBP")) for mode in ("RGB", "RGBA", "L", "LA")],
+    *[good(f"avif-{mode.lower()}", save(mode, "AVIF")) for mode in ("RGB", "RGBA", "L", "LA")],
+    *[good(f"gif-{mode.lower()}", save(mode, "GIF")) for mode in ("1", "L", "P", "RGB", "RGBA")],
+    good("png-p-transparent-index", save("P", "PNG", transparency=3)),
+    good("png-p-transparent-bytes", save("P", "PNG", transparency=bytes(range(32)))),
+    good("png-rgb-transparent-colour", save("RGB", "PNG", transparency=(1, 2, 3))),
+    good("png-16-bit-grey", save("I;16", "PNG"), high_bytes),
+    good("png-16-bit-rgb", lambda: im.png16("RGB")[0], lambda: im.png16("RGB")[1]),
+    good("png-16-bit-rgba", lambda: im.png16("RGBA")[0], lambda: im.png16("RGBA")[1]),
+    good("png-16-bit-grey-alpha", lambda: im.png16("LA")[0], lambda: im.png16("LA")[1]),
+    good("png-2-bit-grey", lambda: im.png_rows((37, 21), 2, 0, values=b"\x1b\xe4")),
+    good("png-4-bit-grey", lambda: im.png_rows((37, 21), 4, 0, values=b"\x1b\xe4\x09")),
+    good("png-interlaced", lambda: im.interlaced_picture()[0], lambda: im.interlaced_picture()[1]),
+    good("png-interlaced-1-pixel", lambda: im.interlaced((1, 1), 8, 6)),
+    good("jpeg-progressive", save("RGB", "JPEG", progressive=True)),
+    good("jpeg-4-4-4", save("RGB", "JPEG", subsampling=0)),
+    good("jpeg-4-2-0", save("RGB", "JPEG", subsampling=2)),
+    good("jpeg-restart-markers", save("RGB", "JPEG", restart_marker_rows=1)),
+    good("jpeg-by-hand-progressive", lambda: im.progressive((64, 48), 8, 2)),
+    good("jpeg-by-hand-4-components", lambda: im.baseline((64, 48), 5, 4)),
+    good("webp-lossless", save("RGB", "WEBP", lossless=True)),
+    good("webp-lossless-alpha", save("RGBA", "WEBP", lossless=True, exact=True)),
+    good("webp-extended", lambda: im.riff(im.vp8x((64, 48)), im.webp_stream())),
+    good("avif-4-4-4", save("RGB", "AVIF", subsampling="4:4:4")),
+    good("avif-4-0-0", save("RGB", "AVIF", subsampling="4:0:0")),
+    good("gif-interlaced", save("P", "GIF", interlace=1)),
+    good("gif-transparent", save("P", "GIF", transparency=3)),
+    good("one-pixel-png", lambda: im.png_rows((1, 1))),
+    good("one-pixel-gif", lambda: im.gif((1, 1), None, im.lzw(1))),
+]
+
+BESIDES = [
+    *[good(f"jpeg-orientation-{n}", save("RGB", "JPEG", exif=exif(n)), None) for n in range(1, 9)],
+    good("png-orientation-6", save("RGB", "PNG", exif=exif(6)), plain),
+    good("webp-orientation-6", save("RGB", "WEBP", exif=exif(6))),
+    good(
+        "avif-orientation-6-in-its-exif",
+        lambda: im.saved(plain(), "AVIF", exif=b"Exif\0\0" + exif(1)[6:]),
+        lambda: Image.open(im.io.BytesIO(im.ordinary("AVIF"))),
+    ),
+    good("jpeg-icc", save("RGB", "JPEG", icc_profile=ICC)),
+    good("png-icc", save("RGB", "PNG", icc_profile=ICC), plain),
+    good("webp-icc", save("RGB", "WEBP", icc_profile=ICC)),
+    good("jpeg-huge-exif", lambda: im.with_segments(im.segment(0xE1, HUGE_EXIF))),
+    good(
+        "jpeg-exif-of-nothing-but-loops",
+        lambda: im.with_segments(
+            im.segment(
+                0xE1, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x87\x69\0\4\0\0\0\1\0\0\0\x08" * 5000
+            )
+        ),
+        lambda: Image.open(im.io.BytesIO(im.ordinary("JPEG"))),
+    ),
+    good(
+        "jpeg-of-100-app-segments",
+        lambda: im.with_segments(*[im.segment(0xE5, b"x" * 1000)] * 100),
+    ),
+    good("jpeg-comment-of-64-kb", lambda: im.with_segments(im.segment(0xFE, b"c" * 65_000))),
+    good("jpeg-motion-photo", lambda: im.ordinary("JPEG") + b"\0\0\0\x18ftypmp42" + b"m" * 90_000),
+    good("jpeg-then-zip", lambda: im.ordinary("JPEG") + b"PK\3\4" + b"z" * 5000),
+    good("png-then-html", lambda: im.ordinary("PNG") + b"<script>alert(1)</script>"),
+    good("gif-then-javascript", lambda: im.ordinary("GIF") + b"*/=1;alert(1)//"),
+    good("webp-then-trash", lambda: im.ordinary("WEBP") + b"\xff" * 3333),
+    good(
+        "jpeg-mpo",
+        lambda: im.saved(
+            plain(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48), "red")]
+        ),
+    ),
+    *[good(f"{f.lower()}-animated", lambda f=f: im.animation(f)) for f in ("PNG", "GIF", "WEBP")],
+    good("avif-animated", lambda: im.animation("AVIF")),
+    good("gif-of-1000-frames", lambda: im.animation("GIF", 1000, (8, 8))),
+    good("png-of-300-frames", lambda: im.animation("PNG", 300, (8, 8))),
+    good(
+        "apng-that-claims-a-million-frames",
+        lambda: im.png(
+            im.ihdr((8, 8)),
+            zlib.compress(b"\0" * 200),
+            before=im.chunk(b"acTL", struct.pack(">II", 10**6, 0)),
+        ),
+        lambda: Image.new("RGB", (8, 8)),
+    ),
+    *[
+        good(
+            f"png-{kind.decode().lower()}-bomb",
+            lambda kind=kind, head=head: im.png(
+                im.ihdr((64, 48)),
+                im.deflated([b"\0" + bytes(192)] * 48),
+                before=im.chunk(kind, head + zlib.compress(bytes(50_000_000), 9)),
+            ),
+            lambda: Image.new("RGB", (64, 48)),
+        )
+        for kind, head in {
+            b"zTXt": b"k\0\0",
+            b"iTXt": b"k\0\1\0\0\0",
+            b"iCCP": b"k\0\0",
+        }.items()
+    ],
+    good(
+        "png-of-10000-text-chunks",
+        lambda: im.png(
+            im.ihdr((64, 48)),
+            im.deflated([b"\0" + bytes(192)] * 48),
+            before=im.chunk(b"tEXt", b"k\0v") * 10_000,
+        ),
+        lambda: Image.new("RGB", (64, 48)),
+    ),
+]
+
+
+def cut(format: str, share: float) -> Callable[[], bytes]:
+    """Return a builder of the first part of an ordinary file."""
+    return lambda: (data := im.ordinary(format))[: int(len(data) * share)]
+
+
+def flipped(format: str, at: float) -> Callable[[], bytes]:
+    """Return a builder of an ordinary file with 40 bytes inverted."""
+
+    def build() -> bytes:
+        data = bytearray(im.ordinary(format))
+        start = int(len(data) * at)
+        data[start : start + 40] = bytes(b ^ 0xFF for b in data[start : start + 40])
+        return bytes(data)
+
+    return build
+
+
+def wrong_crc(kind: bytes) -> Callable[[], bytes]:
+    """Return a builder of a PNG whose chunk of a kind carries the wrong check sum."""
+
+    def build() -> bytes:
+        data = im.ordinary("PNG")
+        at = data.index(kind)
+        end = at + 4 + struct.unpack(">I", data[at - 4 : at])[0]
+        return data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :]
+
+    return build
+
+
+DAMAGED = [
+    *[
+        damaged(f"{format.lower()}-first-{share:.0%}", cut(format, share))
+        for format in im.FORMATS
+        for share in (0.25, 0.5, 0.8, 0.97)
+        if (format, share) not in {("GIF", 0.97)}
+    ],
+    *[damaged(f"{f.lower()}-of-its-magic", lambda f=f: im.ordinary(f)[:12]) for f in im.FORMATS],
+    damaged("avif-inverted-in-its-boxes", flipped("AVIF", 0.1)),
+    damaged("webp-inverted-at-its-start", flipped("WEBP", 0.05)),
+    damaged("png-inverted-in-the-middle", flipped("PNG", 0.5)),
+    damaged("jpeg-without-scan", tables_only),
+    damaged("jpeg-of-two-markers", lambda: b"\xff\xd8\xff\xd9"),
+    damaged("jpeg-of-fill-bytes", lambda: b"\xff\xd8" + b"\xff" * 100_000),
+    damaged("jpeg-of-zeros", lambda: b"\xff\xd8\xff" + bytes(100_000)),
+    damaged("jpeg-frame-of-0-pixels", lambda: im.with_frame_size(im.ordinary("JPEG"), (0, 48))),
+    damaged("jpeg-0-components", lambda: im.jpeg((8, 8), [((), (0, 63, 0, 0), b"")], sampling=())),
+    damaged(
+        "jpeg-sampling-of-0",
+        lambda: im.jpeg((8, 8), [((0,), (0, 63, 0, 0), b"")], frame=0xC0, sampling=(0x00,)),
+    ),
+    damaged("png-wrong-crc-of-ihdr", wrong_crc(b"IHDR")),
+    good("png-wrong-crc-of-idat", wrong_crc(b"IDAT")),  # Pillow does not read the last one
+    damaged("png-without-idat", lambda: b"\x89PNG\r\n\x1a\n" + im.ihdr((8, 8)) + im.chunk(b"IEND")),
+    damaged("png-idat-not-zlib", lambda: im.png(im.ihdr((8, 8)), b"not zlib at all")),
+    damaged("png-depth-of-3", lambda: im.png(im.ihdr((8, 8), 3), zlib.compress(bytes(500)))),
+    damaged("png-filter-of-9", lambda: im.png_rows((8, 8), filter=9)),
+    damaged("png-0-pixels-wide", lambda: im.png(im.ihdr((0, 8)), zlib.compress(bytes(500)))),
+    good(
+        "png-of-3-rows-of-8-then-black", lambda: im.png(im.ihdr((8, 8)), zlib.compress(bytes(75)))
+    ),
+    damaged("png-chunk-of-2-gb", lambda: im.ordinary("PNG")[:33] + b"\x7f\xff\xff\xffIDATxyz"),
+    damaged("png-of-4-gb-text", lambda: im.ordinary("PNG")[:33] + b"\xff\xff\xff\xfftEXtxyz"),
+    damaged("gif-without-frame", lambda: im.gif((8, 8))[:781] + b";"),
+    damaged("gif-of-0-pixels", lambda: im.gif((0, 0), (0, 0, 0, 0), im.lzw(1))),
+    damaged("gif-lzw-of-trash", lambda: im.gif((64, 48), None, b"\xff" * 600)),
+    damaged("webp-canvas-lie", lambda: im.riff(im.vp8x((5000, 4000)), im.webp_stream())),
+    damaged("webp-without-frame", lambda: im.riff(im.vp8x((64, 48)))),
+    damaged("webp-lossless-header-alone", lambda: im.riff(im.vp8l_header((4000, 4000)))),
+    damaged("webp-animation-without-frames", lambda: im.riff(im.vp8x((64, 48), 2))),
+    damaged("webp-riff-of-0-bytes", lambda: im.riff(im.webp_stream(), size=0)),
+    damaged("avif-box-of-2-bytes", lambda: im.ordinary("AVIF")[:32] + b"\0\0\0\2meta"),
+    damaged("avif-of-nothing-but-ftyp", lambda: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1"),
+]
+
+REFUSED = [
+    unsupported("empty", lambda: b""),
+    *[unsupported(f"one-byte-{b:02x}", lambda b=b: bytes([b])) for b in (0x00, 0x89, 0xFF)],
+    unsupported("spaces", lambda: b" " * 4096),
+    unsupported("zeros", lambda: bytes(1_000_000)),
+    unsupported("html", lambda: b"<!doctype html><title>Sign in</title>"),
+    unsupported("json-error", lambda: b'{"statusCode":"404","error":"not_found"}'),
+    unsupported("svg", lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'),
+    unsupported(
+        "svg-with-an-entity-bomb",
+        lambda: b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa">]><svg>&a;</svg>',
+    ),
+    unsupported("pdf", lambda: im.saved(plain(), "PDF")),
+    unsupported("zip", lambda: b"PK\3\4" + bytes(400)),
+    unsupported("elf", lambda: b"\x7fELF" + bytes(400)),
+    unsupported("mp4", lambda: b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(400)),
+    unsupported("heic", lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)),
+    unsupported("riff-wave", lambda: b"RIFF\x24\0\0\0WAVEfmt " + bytes(400)),
+    unsupported("jpeg-xl", lambda: b"\xff\x0a" + bytes(400)),
+    *[
+        unsupported(f.lower().replace(" ", "-"), save("RGB", f))
+        for f in ("BMP", "TIFF", "ICO", "EPS", "JPEG2000", "PPM", "TGA", "PCX", "SGI", "QOI")
+    ],
+    unsupported("psd", lambda: b"8BPS\0\1" + bytes(6) + b"\0\3\0\0\0\x30\0\0\0\x40\0\x08\0\3"),
+    unsupported("png-magic-with-unix-line-end", lambda: b"\x89PNG\n\x1a\n" + bytes(99)),
+    unsupported("png-behind-a-space", lambda: b" " + im.ordinary("PNG")),
+    unsupported("jpeg-behind-a-byte-order-mark", lambda: b"\xef\xbb\xbf" + im.ordinary("JPEG")),
+    unsupported("gif-88a", lambda: b"GIF88a" + im.ordinary("GIF")[6:]),
+    unsupported("webp-in-rifx", lambda: b"RIFX" + im.ordinary("WEBP")[4:]),
+    unsupported("base64-of-a-jpeg", lambda: b"/9j/4AAQSkZJRgABAQ" * 20),
+    unsupported("jpeg-arithmetic", lambda: im.ordinary("JPEG").replace(b"\xff\xc0", b"\xff\xc9")),
+    unsupported("jpeg-lossless", lambda: im.ordinary("JPEG").replace(b"\xff\xc0", b"\xff\xc3")),
+]
+
+POLYGLOTS = [
+    damaged("gif-of-javascript", lambda: b"GIF89a=1;alert(document.domain)//" + b" " * 900),
+    damaged("jpeg-magic-then-html", lambda: b"\xff\xd8\xff<html><script>alert(1)</script>"),
+    damaged("jpeg-magic-then-png", lambda: b"\xff\xd8\xff" + im.ordinary("PNG")),
+    damaged("png-magic-then-jpeg", lambda: b"\x89PNG\r\n\x1a\n" + im.ordinary("JPEG")),
+    damaged("webp-header-then-png", lambda: b"RIFF\0\1\0\0WEBP" + im.ordinary("PNG")),
+    damaged("avif-brand-then-svg", lambda: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1<svg/>"),
+    good("jpeg-with-php-in-a-comment", lambda: im.with_segments(im.segment(0xFE, b"<?php 1;?>"))),
+    good(
+        "jpeg-with-a-png-in-a-segment",
+        lambda: im.with_segments(im.segment(0xEF, im.ordinary("PNG"))),
+    ),
+    good(
+        "jpeg-with-a-jpeg-thumbnail",
+        lambda: im.with_segments(im.segment(0xE1, b"Exif\0\0" + im.ordinary("JPEG"))),
+    ),
+    good(
+        "jpeg-with-scan-markers-in-a-segment",
+        lambda: im.with_segments(im.segment(0xEF, b"\xff\xda\0\2" * 10_000)),
+    ),
+]
+
+LIMITED = [
+    *[
+        limited(f"{name}-{width}x{height}", lambda make=make, s=(width, height): make(s))
+        for name, make in {
+            "png": lambda size: im.png(im.ihdr(size), zlib.compress(b"")),
+            "jpeg": lambda size: im.with_frame_size(im.ordinary("JPEG"), size),
+            "gif": lambda size: im.gif(size, None, im.lzw(9)),
+        }.items()
+        for width, height in ((1, 60_000), (60_000, 1), (65_535, 65_535), (7100, 7100))
+    ],
+    limited("png-2-to-31-wide", lambda: im.png(im.ihdr((2**31 - 1, 1)), zlib.compress(b""))),
+    limited("png-2-to-31-square", lambda: im.png(im.ihdr((2**31 - 1,) * 2), zlib.compress(b""))),
+    limited("png-16385-wide", lambda: im.png_rows((16_385, 1))),
+    limited("png-real-1x60000", lambda: im.png_rows((1, 60_000))),
+    limited("webp-canvas-2-to-24-wide", lambda: im.riff(im.vp8x((2**24, 200)), im.webp_stream())),
+    limited("webp-canvas-16-thousand", lambda: im.riff(im.vp8x((16_000,) * 2), im.webp_stream())),
+    limited("webp-lossless-16384", lambda: im.riff(im.vp8l_header((16_384, 16_384)))),
+    limited("webp-lossless-26-megapixels", lambda: im.riff(im.vp8l_header((5200, 5000)))),
+    limited("avif-ispe-20000x8", lambda: im.with_ispe(im.ordinary("AVIF"), (20_000, 8))),
+    limited("avif-ispe-26-megapixels", lambda: im.with_ispe(im.ordinary("AVIF"), (5200, 5000))),
+    limited("gif-frame-beyond-its-screen", lambda: im.gif((10, 10), (0, 0, 65_535, 65_535), b"")),
+    limited("gif-frame-far-off", lambda: im.gif((10, 10), (60_000, 60_000, 9, 9), im.lzw(81))),
+    limited("gif-frame-wider-than-its-screen", lambda: im.gif((10, 10), (0, 0, 20_000, 8), b"")),
+    limited("jpeg-101-scans", lambda: im.scan_bomb(101)),
+    limited("jpeg-60000-scans", lambda: im.scan_bomb(60_000, (8, 8))),
+    limited("jpeg-30-scans-of-40-megapixels", lambda: im.scan_bomb(30, (8192, 4880))),
+    limited(
+        "jpeg-100000-segments",
+        lambda: im.with_segments(b"\xff\xe5\0\2" * 100_000),
+    ),
+    limited(
+        "png-a-million-empty-chunks",
+        lambda: im.ordinary("PNG")[:33] + im.chunk(b"teXt") * 800_000,
+    ),
+    limited(
+        "gif-a-million-extensions", lambda: im.ordinary("GIF")[:13] + b"!\xfe\1x\0" * 2_000_000
+    ),
+    limited("avif-100000-boxes", lambda: im.ordinary("AVIF")[:32] + b"\0\0\0\x08free" * 100_000),
+    good("jpeg-100-scans", lambda: im.scan_bomb(100)),
+]
+
+FILES = Path(__file__).with_name("files")
+AVIF_LIES = "libavif decodes what the AV1 stream says (to 268 megapixels) and scales it to its box"
+PNG_COST = "undoing the Paeth filter takes 7 ns a byte; COSTLY knows nothing of 16-bit PNG"
+
+
+def file(name: str) -> Callable[[], bytes]:
+    """Return a reader of a file that takes too long to make."""
+    return lambda: (FILES / name).read_bytes()
+
+
+def noise(mode: str, size: tuple[int, int], format: str, **options) -> Callable[[], bytes]:
+    """Return a builder of an image of seeded noise, in tiles."""
+
+    def build() -> bytes:
+        side = 777
+        values = random.Random(1).randbytes(side * side * len(mode))
+        tile, image = Image.frombytes(mode, (side, side), values), Image.new(mode, size)
+        for at in itertools.product(range(0, size[0], side), range(0, size[1], side)):
+            image.paste(tile, at)
+        return im.saved(image, format, **options)
+
+    return build
+
+
+def paeth(size: tuple[int, int], depth: int, color: int) -> Callable[[], bytes]:
+    """Return a builder of a PNG whose every byte takes the longest to undo."""
+    return lambda: im.png_rows(size, depth, color, 4, random.Random(1).randbytes(4099))
+
+
+LARGE = (8191, 6100)  # 49,965,100 pixels
+HEAVY = [
+    good("jpeg-50-megapixels-baseline", lambda: im.baseline(LARGE, 15), heavy=True),
+    good("jpeg-50-megapixels-cmyk", lambda: im.baseline(LARGE, 10, 4), heavy=True),
+    good("jpeg-50-megapixels-grey-scans", lambda: im.progressive(LARGE, 18, 3, 1), heavy=True),
+    good("jpeg-40-megapixels-25-scans", lambda: im.progressive((8192, 4880), 23, 2), heavy=True),
+    good("jpeg-33-megapixels-cmyk", lambda: im.progressive((8192, 4060), 22, 3, 4), heavy=True),
+    good("jpeg-10-megapixels-100-scans", lambda: im.progressive((4096, 2440), 98, 3), heavy=True),
+    good("png-50-megapixels-rgba-paeth", paeth(LARGE, 8, 6), heavy=True),
+    good("png-50-megapixels-16-bit-grey-paeth", paeth(LARGE, 16, 0), heavy=True),
+    limited(
+        "png-50-megapixels-16-bit-rgba-paeth", paeth(LARGE, 16, 6), heavy=True, wrong_now=PNG_COST
+    ),
+    limited(
+        "png-50-megapixels-16-bit-rgb-paeth", paeth(LARGE, 16, 2), heavy=True, wrong_now=PNG_COST
+    ),
+    good("png-31-megapixels-16-bit-rgba-paeth", paeth((8191, 3800), 16, 6), heavy=True),
+    good("png-50-megapixels-1-bit-interlaced", lambda: im.interlaced(LARGE, 1, 0), heavy=True),
+    good("gif-50-megapixels", lambda: im.gif(LARGE, None, im.lzw(8191 * 6100)), heavy=True),
+    good(
+        "webp-25-megapixels-lossless",
+        noise("RGBA", (5000, 4999), "WEBP", lossless=True, quality=0, method=0),
+        heavy=True,
+    ),
+    good(
+        "webp-20-megapixels", noise("RGB", (5000, 4000), "WEBP", quality=40, method=0), heavy=True
+    ),
+    good(
+        "avif-20-megapixels",
+        noise("RGB", (5000, 4000), "AVIF", quality=35, speed=10, subsampling="4:4:4"),
+        heavy=True,
+    ),
+    good("avif-20-megapixels-with-alpha", file("20-megapixels-with-alpha.avif"), heavy=True),
+    limited(
+        "avif-268-megapixels-as-64x48",
+        file("268-megapixels-as-64x48.avif"),
+        heavy=True,
+        wrong_now=AVIF_LIES,
+    ),
+    limited(
+        "avif-100-megapixels-in-a-track-as-64x48",
+        file("100-megapixels-in-a-track-as-64x48.avif"),
+        heavy=True,
+        wrong_now=AVIF_LIES,
+    ),
+    limited(
+        "avif-67-megapixels-as-4096x4096",
+        file("67-megapixels-as-4096x4096.avif"),
+        heavy=True,
+        wrong_now=AVIF_LIES,
+    ),
+]
+
+ROWS = [*MODES, *BESIDES, *DAMAGED, *REFUSED, *POLYGLOTS, *LIMITED, *HEAVY]

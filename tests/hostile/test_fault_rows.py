@@ -1,0 +1,194 @@
+"""The catalogue's rows for faults inside, through the whole handler."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import threading
+
+import pytest
+import rows_auth
+import rows_fault
+import stand
+import torch
+from fake_worker import FakeEmbedder, mean_and_size
+
+from heimdex_clip_worker.embed import Embedder
+from heimdex_clip_worker.errors import InferenceFailed
+
+KIT = rows_auth.Kit(now=1_764_000_000)
+JOB = {"id": "job", "input": KIT.v1(request_id="r")}
+FINE = FakeEmbedder.load("ViT-B-32")
+
+
+class Tower(torch.nn.Module):
+    """A tower that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, pixels):
+        return self.function(pixels)
+
+
+class Below(FakeEmbedder):
+    """The fake with the real way to run a tower."""
+
+    encode = Embedder.encode
+
+
+class Instead(FakeEmbedder):
+    """The fake with a function in the place of its encode."""
+
+    def encode(self, pixels):
+        return self.tower.function(pixels)
+
+
+def once(fail):
+    """Return a function that fails on its first call and works from then on."""
+    calls = []
+
+    def function(pixels):
+        calls.append(len(pixels))
+        return fail(pixels) if len(calls) == 1 else FINE.encode(pixels)
+
+    return function
+
+
+def embedder(kind: type, function) -> Embedder:
+    """Return a fake embedder around a function."""
+    return dataclasses.replace(kind.load("ViT-B-32"), tower=Tower(function))
+
+
+def params():
+    """Return the rows as parameters, known failures marked."""
+    for row in rows_fault.ROWS:
+        marks = [pytest.mark.xfail(strict=True, reason=row.wrong_now)] if row.wrong_now else []
+        yield pytest.param(row, id=row.id, marks=marks)
+
+
+@pytest.mark.parametrize("row", list(params()))
+def test_row(row, caplog):
+    caplog.set_level(logging.DEBUG, "heimdex_clip_worker")
+    told = []
+
+    async def two() -> list[dict]:
+        model = embedder(Below if row.in_tower else Instead, once(row.fail))
+        downloads = stand.Canned(stand.photo())
+        worker = stand.make_worker(
+            KIT, downloads, embedder=model, on_fatal=lambda: told.append("lost")
+        )
+        async with stand.running(worker):
+            return [await asyncio.wait_for(worker.handle(JOB), 3) for _ in range(2)]
+
+    reply, after = asyncio.run(two())
+    assert stand.code_of(reply) == row.code and reply["request_id"] == "r"
+    assert reply.get("refresh_worker", False) is row.fatal
+    assert stand.code_of(after) == ("INFERENCE_FAILED" if row.fatal else "OK")
+    assert after.get("refresh_worker", False) is row.fatal
+    assert told == ["lost"] * row.fatal
+    for record in caplog.records:
+        text = record.getMessage()
+        assert not stand.SECRETS.search(text) and record.exc_info is None and "\n" not in text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("text", rows_fault.OOM)
+def test_memory_that_suffices_for_half_a_batch(size, text):
+    seen = []
+
+    def function(pixels):
+        seen.append(len(pixels))
+        if len(pixels) > (size + 1) // 2:
+            raise RuntimeError(text)
+        return FINE.encode(pixels)
+
+    pixels = torch.rand(size, 5)
+    rows = embedder(Below, function).encode(pixels)
+    assert torch.equal(rows, FINE.encode(pixels))
+    assert seen == ([1] if size == 1 else [size, (size + 1) // 2, size // 2])
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_memory_that_never_suffices(size):
+    seen = []
+
+    def function(pixels):
+        seen.append(len(pixels))
+        raise RuntimeError(rows_fault.OOM[0])
+
+    with pytest.raises(InferenceFailed) as caught:
+        embedder(Below, function).encode(torch.rand(size, 5))
+    assert not caught.value.fatal and len(seen) <= 2
+
+
+class Slow(FakeEmbedder):
+    """The fake, held up in one of its steps until it is let go."""
+
+    held, reached = threading.Event(), threading.Event()
+    step = ""
+
+    @classmethod
+    def wait(cls, step: str) -> None:
+        if step == cls.step:
+            cls.reached.set()
+            assert cls.held.wait(10)
+
+    def preprocess(self, image):
+        self.wait("decode")
+        return mean_and_size(image)
+
+    def encode(self, pixels):
+        self.wait("forward")
+        return super().encode(pixels)
+
+
+@pytest.mark.parametrize("step", ["fetch", "decode", "forward"])
+def test_cancelled(step):
+    Slow.step = step
+    Slow.held.clear()
+    Slow.reached.clear()
+
+    async def hold() -> None:
+        if step == "fetch" and not Slow.held.is_set():
+            Slow.reached.set()
+            await asyncio.sleep(60)
+
+    async def cancel() -> dict:
+        downloads = stand.Canned(stand.photo(), hold)
+        worker = stand.make_worker(KIT, downloads, embedder=Slow.load("ViT-B-32"))
+        async with stand.running(worker):
+            try:
+                task = asyncio.ensure_future(worker.handle(JOB))
+                assert await asyncio.to_thread(Slow.reached.wait, 10)
+                task.cancel()
+                done, _ = await asyncio.wait([task], timeout=1)
+                assert done and task.cancelled()
+            finally:
+                Slow.held.set()
+            return await worker.handle(JOB)
+
+    reply = asyncio.run(cancel())
+    assert stand.code_of(reply) == "OK"
+
+
+def test_a_fault_harms_none_of_its_neighbours():
+    def function(pixels):
+        if 451 in pixels[:, 3]:  # chelsea's width
+            raise SystemExit(1)
+        return FINE.encode(pixels)
+
+    class Mixed(stand.Canned):
+        async def fetch(self, url: str) -> bytes:
+            self.asked += 1
+            return stand.photo("chelsea.jpg" if self.asked % 2 else "clock.png")
+
+    async def many() -> list[dict]:
+        worker = stand.make_worker(KIT, Mixed(b""), embedder=embedder(Below, function))
+        async with stand.running(worker):
+            return await asyncio.gather(*(worker.handle(JOB) for _ in range(40)))
+
+    codes = [stand.code_of(reply) for reply in asyncio.run(many())]
+    assert codes.count("OK") == 20 and codes.count("INTERNAL") == 20

@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab export readme lock clean
+.PHONY: help demo test soak fuzz guards lint lab export readme lock clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -17,6 +17,15 @@ demo: .venv/.worker ## set up, start the worker here, send it one signed photogr
 
 test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/.dev ## send one worker 10 000 good and hostile requests; nothing may leak
+	@$(BIN)/python tests/hostile/soak.py $(ARGS)
+
+fuzz: .venv/.dev ## decode a million mutated images; only declared errors may come out
+	@$(BIN)/python tests/hostile/fuzz.py $(or $(ARGS),--count 1000000)
+
+guards: .venv/.dev ## take each guard out in turn and see which test notices
+	@$(BIN)/python tests/hostile/remove_guards.py $(ARGS)
 
 lint: .venv/.dev ## check the code, in notebooks too, with ruff
 	@$(BIN)/ruff check .

@@ -207,12 +207,19 @@ _DAMAGE = (
 _STRIP = {"PNG": _strip_png, "GIF": _strip_gif, "AVIF": _strip_avif}
 
 
+_CHANNELS = {2: 3, 4: 2, 6: 4}  # of a PNG's colour types; the others have one
+
+
 def _open(data: bytes, limits: PixelLimits) -> Image.Image:
     """Return the image with its pixels still to be decoded; raise what decoding would cost."""
     name, scans, cost = sniff(data), 1, PLAIN
     if name == "JPEG":
         data, scans, samples = _strip_jpeg(data)
         cost = 4 + 2 * samples if scans > 1 else PLAIN
+    elif (
+        name == "PNG" and len(data) > 25
+    ):  # undoing its filters takes 7 ns a byte: 16 bits cost more
+        cost = max(PLAIN, 0.2 * data[24] * _CHANNELS.get(data[25], 1))
     image = DECODERS[name](io.BytesIO(_STRIP.get(name, bytes)(data)))
     _check_size(image.size, limits, cost=COSTLY.get(name, cost), scans=scans)
     return image

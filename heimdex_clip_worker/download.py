@@ -40,8 +40,8 @@ from heimdex_clip_worker.errors import (
 )
 
 # %% auto #0
-__all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'DNS_THREADS', 'MAX_INTERIM', 'REDIRECTS', 'CONNECT_TIMEOUT_S', 'Limits',
-           'Policy', 'check_address', 'Target', 'check_url', 'resolve_ipv4', 'Fetcher']
+__all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'MAX_ADDRESSES', 'DNS_THREADS', 'MAX_INTERIM', 'REDIRECTS', 'CONNECT_TIMEOUT_S',
+           'Limits', 'Policy', 'check_address', 'Target', 'check_url', 'resolve_ipv4', 'Fetcher']
 
 # %% ../nbs/03_download.ipynb #limits
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def check_url(url: str, policy: Policy) -> Target:
 
 # %% ../nbs/03_download.ipynb #checked-resolver
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # host name -> IPv4 addresses, as text
+MAX_ADDRESSES = 4  # of a name that are tried: aiohttp dials n * (n + 1) / 2 times if all refuse
 
 
 class _CheckedResolver(AbstractResolver):
@@ -193,7 +194,8 @@ class _CheckedResolver(AbstractResolver):
         for address in found:
             check_address(address, self._policy, port=port)
         entry = {"hostname": host, "port": port, "family": socket.AF_INET, "proto": 0, "flags": 0}
-        return [ResolveResult(host=address, **entry) for address in found]
+        few = list(dict.fromkeys(found))[:MAX_ADDRESSES]
+        return [ResolveResult(host=address, **entry) for address in few]
 
     async def close(self) -> None:
         """Do nothing: there is nothing to close."""
@@ -395,6 +397,8 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     body = _Body(_coding(response.headers), max_bytes)
     async for chunk in response.content.iter_chunked(65_536):
         body.add(chunk)
+    if size is None and response.was_cut() and "Transfer-Encoding" not in response.headers:
+        raise FetchFailed(detail="cut off")  # only its end tells where such a body ends
     return body.end()
 
 

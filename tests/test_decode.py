@@ -123,6 +123,21 @@ def test_lossless_and_arithmetic_jpegs_are_not_read(marker):
     assert code_of(data.replace(b"\xff\xc0", bytes([0xFF, marker]), 1)) == "UNSUPPORTED_FORMAT"
 
 
+def test_a_file_of_too_many_parts_is_refused():
+    small = Image.new("RGB", (16, 16))
+    whole = encoded(small, "PNG")
+    assert code_of(whole[:33] + b"\0\0\0\0abCdcrc!" * 30_000 + whole[33:]) == "IMAGE_LIMITS"
+    whole = encoded(small, "GIF")
+    at = whole.index(b",")
+    assert code_of(whole[:at] + b"!\xfe\x01a\0" * 30_000 + whole[at:]) == "IMAGE_LIMITS"
+
+
+@pytest.mark.parametrize("format", ["WEBP", "AVIF"])
+def test_a_decoders_canvases_do_not_outlive_decoding(format):
+    image = decode(encoded(Image.new("RGB", (16, 16)), format), PixelLimits())
+    assert image._decoder is None
+
+
 # Budgets
 
 
@@ -182,7 +197,7 @@ def avif(mode: str, side: int, **options) -> bytes:
 
 
 BOMBS = {
-    "png-rgba-16": (lambda: flat(16, 6, 4), "ok"),
+    "png-rgba-16": (lambda: flat(16, 6, 4), "IMAGE_LIMITS"),  # 31 million pixels are allowed
     "png-grey-16": (lambda: flat(16, 0, 1), "ok"),
     "png-palette": (lambda: png(SIDE, SIDE, 1, 3, bytes((SIDE + 15) // 8 * SIDE)), None),
     "gif-canvas": (gif_canvas, "ok"),

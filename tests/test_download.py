@@ -319,7 +319,7 @@ def test_stuck_look_ups_fail_in_time_and_hold_up_nothing_else(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", stuck)
     codes, took = asyncio.run(go())
-    assert set(codes) == {"DNS_FAILED"} and took < 0.55
+    assert set(codes) == {"DNS_FAILED"} and took < 0.95  # and not the fetch's deadline of 1 s
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,6 @@ DIALS = [
         MANY,
         most=16,
         troubles=dict.fromkeys(MANY, REFUSED),
-        xfail="aiohttp tries N addresses, then N - 1, and so on: N * N / 2 connections",
     ),
 ]
 

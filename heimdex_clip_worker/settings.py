@@ -16,8 +16,8 @@ from typing import Any
 from .errors import SettingsError
 
 # %% auto #0
-__all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'number', 'word', 'flag',
-           'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'from_environ',
+__all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'Check', 'number', 'word',
+           'flag', 'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'from_environ',
            'environment_for', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
@@ -185,6 +185,18 @@ MODEL = {
         "CLIP_DEVICE", matching(r"auto|cpu|cuda(:\d{1,2})?", "auto, cpu, cuda or cuda:N"), "auto",
         "`auto` is cuda when there is one, else cpu",
     ),
+    "precision": Variable(
+        "CLIP_PRECISION", word("auto", "fp32", "fp16", "bf16"), "auto",
+        "Of weights and arithmetic; `auto`: fp16 on CUDA, bf16 on CPUs that compute it, else fp32",
+    ),
+    "text": Variable(
+        "CLIP_TEXT", word("lazy", "eager", "off"), "lazy",
+        "Load the text tower at the first text, at start, or never",
+    ),
+    "artifact_dir": Variable(
+        "CLIP_ARTIFACT_DIR", matching(r"[ -~]*[!-~][ -~]*", "a folder"), "~/.cache/heimdex-clip",
+        "Where the towers are kept, converted for serving, so that the next start is quick",
+    ),
 }
 
 # %% ../nbs/01_settings.ipynb #image-variables
@@ -209,6 +221,10 @@ IMAGES = {
         "ALLOWED_PRIVATE_NETWORKS", networks, "",
         "IPv4 networks (CIDR) that image URLs may reach although they are not public",
     ),
+    "preprocess": Variable(
+        "CLIP_PREPROCESS", word("fast", "exact"), "fast",
+        "`exact`: open_clip's own pixels, bit for bit; `fast`: three to four times quicker",
+    ),
     "allow_http": Variable("ALLOW_HTTP", flag, "true", "Accept `http` image URLs beside `https`"),
 }
 
@@ -218,6 +234,22 @@ SERVICE = {
         "MAX_CONCURRENCY", number(int, 1, 300, "jobs"), "64",
         "Jobs in hand at once; also about the most jobs per second",
     ),
+    "max_images_per_job": Variable(
+        "MAX_IMAGES_PER_JOB", number(int, 1, 512, "images"), "128",
+        "Most entries in the `images` or `texts` of one job",
+    ),
+    "max_batch_size": Variable(
+        "MAX_BATCH_SIZE", number(int, 1, 1024, "images"), "64",
+        "Most images, of all jobs in hand, in one run of the model",
+    ),
+    "decode_workers": Variable(
+        "DECODE_WORKERS", number(int, 0, 256, "threads"), "0",
+        "Threads that decode images; 0: one for each CPU this process may use",
+    ),
+    "max_bytes_in_flight": Variable(
+        "MAX_BYTES_IN_FLIGHT", number(int, 1, 1 << 36, "bytes"), "671088640",
+        "Most bytes of images downloaded, or being downloaded, and not yet embedded",
+    ),
     "log_level": Variable(
         "LOG_LEVEL", word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much is logged",
     ),
@@ -225,6 +257,9 @@ SERVICE = {
 VARIABLES = {**AUTH, **MODEL, **IMAGES, **SERVICE}  # by field of Settings
 
 # %% ../nbs/01_settings.ipynb #settings-class
+Check = Callable[[dict[str, Any]], list[str]]  # the values read so far -> a sentence a problem
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the environment says, checked; `VARIABLES` tells each field's variable and meaning."""
@@ -239,21 +274,25 @@ class Settings:
     pretrained: str
     activation: str
     device: str
+    precision: str
+    text: str
+    artifact_dir: str
     max_image_bytes: int
     max_image_pixels: int
     download_timeout_s: float
     allowed_image_hosts: tuple[str, ...]
     allowed_private_networks: tuple[ipaddress.IPv4Network, ...]
+    preprocess: str
     allow_http: bool
     max_concurrency: int
+    max_images_per_job: int
+    max_batch_size: int
+    decode_workers: int
+    max_bytes_in_flight: int
     log_level: str
 
     @classmethod
-    def from_env(
-        cls,
-        env: Mapping[str, str],  # usually os.environ, read by the caller at the edge
-        checks: Iterable[Callable[[dict[str, Any]], list[str]]] = (),  # more, over what was read
-    ) -> Settings:
+    def from_env(cls, env: Mapping[str, str], checks: Iterable[Check] = ()) -> Settings:
         """Return the settings in `env`; raise SettingsError naming every problem at once."""
         values, problems = read(env)
         for check in (_needs_a_key, *checks):
@@ -290,7 +329,7 @@ def _needs_a_key(values: dict[str, Any]) -> list[str]:
 
 # %% ../nbs/01_settings.ipynb #from-environ
 def from_environ(
-    checks: Iterable[Callable[[dict[str, Any]], list[str]]] = (),  # as in Settings.from_env
+    checks: Iterable[Check] = (),  # as in Settings.from_env
 ) -> Settings:
     """Return the settings of this process; raise SettingsError naming every problem at once."""
     return Settings.from_env(os.environ, checks)

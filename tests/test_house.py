@@ -29,26 +29,41 @@ MAY_IMPORT = {
     "settings": {"errors"},
     "auth": {"errors"},
     "download": {"errors"},
-    "decode": {"errors"},
+    "contract": {"errors"},
+    "avif": {"errors"},
+    "decode": {"errors", "avif"},
+    "preprocess": {"errors"},
     "weights": {"errors"},
-    "embed": {"errors", "weights"},
-    "batch": {"errors", "download", "decode", "embed"},
-    "handler": {"errors", "settings", "auth", "download", "decode", "weights", "embed", "batch"},
-    "client": {"errors", "auth"},
-    "backfill": {"errors", "settings", "client"},
-}
-COMMANDS = {"demo", "local", "cli"}  # may import anything, the heavy things inside functions
+    "tower": {"errors"},
+    "artifact": {"errors", "weights", "tower", "preprocess"},
+    "embed": {"errors", "weights", "tower", "artifact", "preprocess"},
+    "text": {"errors", "weights", "tower", "artifact", "embed"},
+    "batch": {"errors", "download", "decode", "embed", "text"},
+    "handler": {
+        "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
+        "embed", "text", "batch",
+    },
+    "client": {"errors", "auth", "contract", "settings"},
+    "backfill": {"errors", "settings", "client", "contract"},
+}  # fmt: skip
+COMMANDS = {"demo", "platform", "cli"}  # may import anything, the heavy things inside functions
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {
     "download": {"torch", "torchvision", "open_clip", "requests", "runpod"},
     "decode": {"torch", "torchvision", "open_clip", "requests", "runpod", "aiohttp"},
+    "contract": HEAVY,
+    "avif": HEAVY,
+    "preprocess": {"torchvision", "requests", "aiohttp", "runpod"},
     "weights": {"requests", "aiohttp", "runpod"},
+    "tower": {"torchvision", "requests", "aiohttp", "runpod"},
+    "artifact": {"torchvision", "requests", "aiohttp", "runpod"},
+    "text": {"requests", "aiohttp", "runpod"},
     "embed": {"requests", "aiohttp", "runpod"},
     "client": HEAVY,
     "backfill": HEAVY,
 }
-STANDARD_LIBRARY_ONLY = {"errors", "auth", "settings"}
+STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}
 DISTRIBUTION = {  # where the names differ
     "PIL": "pillow",

@@ -16,7 +16,7 @@ from typing import Any
 from .errors import SettingsError
 
 # %% auto #0
-__all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'Check', 'number', 'word',
+__all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'number', 'word',
            'flag', 'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'from_environ',
            'environment_for', 'environment_table']
 
@@ -140,6 +140,9 @@ class Variable:
     meaning: str  # one line for the README
     hidden: bool = False  # a secret: its value is never printed
 
+
+Check = Callable[[dict[str, Any]], list[str]]  # the values read so far -> a sentence a problem
+
 # %% ../nbs/01_settings.ipynb #auth-variables
 AUTH = {
     "hmac_secret": Variable(
@@ -257,9 +260,6 @@ SERVICE = {
 VARIABLES = {**AUTH, **MODEL, **IMAGES, **SERVICE}  # by field of Settings
 
 # %% ../nbs/01_settings.ipynb #settings-class
-Check = Callable[[dict[str, Any]], list[str]]  # the values read so far -> a sentence a problem
-
-
 @dataclass(frozen=True)
 class Settings:
     """What the environment says, checked; `VARIABLES` tells each field's variable and meaning."""

@@ -236,11 +236,15 @@ class Texts:
             raise InferenceFailed(detail=self._problem)
         if self._found is None:
             try:
-                self._found = self._load()
+                self.load()
             except StartError as error:
                 self._problem = str(error)
                 raise InferenceFailed(detail=self._problem) from error
         return self._found
+
+    def load(self) -> None:
+        """Load the tower now; raise ModelError."""
+        self._found = self._load()
 
 # %% ../nbs/05_batch.ipynb #computing
 class Computing:
@@ -305,7 +309,7 @@ class Pipeline:
         for pool in self.pools.values():
             pool.shutdown(wait=True)
 
-# %% ../nbs/05_batch.ipynb #flows
+# %% ../nbs/05_batch.ipynb #timings
 def timings(
     start: float,  # the item's arrival; this and the next two from time.perf_counter()
     ready: float,  # when it could have been embedded
@@ -313,16 +317,17 @@ def timings(
     decode_s: float | None = None,  # None: there was nothing to decode or to download
 ) -> dict[str, float]:  # milliseconds
     """Return where an item's time went, up to now."""
+    now = time.perf_counter()
     seconds = {
-        "download": 0.0 if decode_s is None else ready - start,
-        "decode": decode_s,
-        "queue": began - ready,
-        "inference": time.perf_counter() - began,
-        "total": time.perf_counter() - start,
+        "download_ms": 0.0 if decode_s is None else ready - start,
+        "decode_ms": decode_s,
+        "queue_ms": began - ready,
+        "inference_ms": now - began,
+        "total_ms": now - start,
     }
-    return {f"{name}_ms": round(1e3 * s, 2) for name, s in seconds.items() if s is not None}
+    return {name: round(1e3 * s, 2) for name, s in seconds.items() if s is not None}
 
-
+# %% ../nbs/05_batch.ipynb #embed-url
 async def embed_url(pipeline: Pipeline, url: str, normalize: bool) -> Vector:
     """Return the vector of the image behind `url`; raise WorkerError subclasses only."""
     start = time.perf_counter()

@@ -14,208 +14,48 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
+# %% auto #0
+__all__ = ['log', 'sealed', 'where', 'Door', 'refuse', 'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service',
+           'request_id_of', 'Worker', 'build', 'keys_of', 'limits_of', 'stop_taking_jobs', 'model_problems',
+           'set_up_logging', 'without_cpuinfo', 'serve', 'main']
+
+# %% ../nbs/06_handler.ipynb #our-imports
 from .auth import Keyring, verify
-from .decode import PixelLimits, decode
-from .download import Fetcher, Limits, Policy
-from .embed import Embedder, to_vectors
+from .batch import Downloads, Pipeline, embed_text, embed_url, usable_cpus
+from heimdex_clip_worker.contract import (
+    TEXTS,
+    UNKNOWN,
+    Bounds,
+    Item,
+    Request,
+    Space,
+    many_reply,
+    parse,
+    read_request_id,
+    refuse_unknown_fields,
+    success_reply,
+)
+from .decode import PixelLimits
+from .download import Limits, Policy
+from .embed import Embedder
 from heimdex_clip_worker.errors import (
     InferenceFailed,
     InternalError,
-    InvalidRequest,
-    InvalidUrl,
     StartError,
     WorkerError,
     to_reply,
 )
 from .settings import Settings, from_environ
+from .text import TextEmbedder
 from .weights import check_model
 
 log = logging.getLogger("heimdex_clip_worker")
-
-# %% auto #0
-__all__ = ['log', 'MAX_REQUEST_ID', 'MAX_URL', 'UNKNOWN', 'FIELDS', 'Request', 'read_request_id', 'parse',
-           'refuse_unknown_fields', 'Downloads', 'Vector', 'in_thread', 'Pipeline', 'success_reply', 'sealed', 'where',
-           'Door', 'Service', 'refuse', 'is_fatal', 'Worker', 'build', 'stop_taking_jobs', 'model_problems',
-           'set_up_logging', 'serve', 'main']
-
-# %% ../nbs/06_handler.ipynb #request
-MAX_REQUEST_ID = 128  # printable characters
-MAX_URL = 4096  # characters, before anything is computed over them
-UNKNOWN = "unknown"  # the request_id of a request that brings none
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image to embed, as asked for."""
-
-    image_url: str
-    request_id: str = UNKNOWN
-    normalize: bool = True
-    model: str | None = None  # informational: the model the caller believes to be talking to
-
-# %% ../nbs/06_handler.ipynb #read-request-id
-def read_request_id(
-    job_input: Any,  # whatever came as job["input"]
-) -> str:
-    """Return the request's id, `unknown` when it has none; raise InvalidRequest for a bad one."""
-    given = job_input.get("request_id") if isinstance(job_input, dict) else None
-    if given is None or given == "":
-        return UNKNOWN
-    if isinstance(given, str) and len(given) <= MAX_REQUEST_ID and given.isprintable():
-        return given
-    raise InvalidRequest(f"request_id must be at most {MAX_REQUEST_ID} printable characters")
-
-# %% ../nbs/06_handler.ipynb #parse
-def parse(
-    job_input: Any,  # whatever came as job["input"]
-) -> Request:
-    """Return the request in `job_input`; raise InvalidRequest or InvalidUrl, naming the field."""
-    if not isinstance(job_input, dict):
-        raise InvalidRequest("input must be an object")
-    request_id = read_request_id(job_input)
-    url = job_input.get("image_url")
-    if url is None or url == "":
-        raise InvalidRequest("Missing required field: image_url")
-    if not isinstance(url, str):
-        raise InvalidRequest("image_url must be a string")
-    if len(url) > MAX_URL:
-        raise InvalidUrl(f"URL of {len(url):,} characters > {MAX_URL:,} allowed")
-    normalize = job_input.get("normalize", True)
-    if not isinstance(normalize, bool):
-        raise InvalidRequest("normalize must be true or false")
-    model = job_input.get("model")
-    if model is not None and not (isinstance(model, str) and len(model) <= 200):
-        raise InvalidRequest("model must be a string of at most 200 characters")
-    return Request(url, request_id, normalize, model)
-
-# %% ../nbs/06_handler.ipynb #refuse-unknown-fields
-FIELDS = frozenset({"image_url", "request_id", "normalize", "model", "auth"})
-
-
-def refuse_unknown_fields(job_input: dict[str, Any]) -> None:
-    """Raise InvalidRequest when `job_input` has a field that nobody would look at."""
-    unknown = sum(1 for name in job_input if name not in FIELDS)
-    if unknown:
-        raise InvalidRequest(f"{unknown} unknown field(s); known are " + ", ".join(sorted(FIELDS)))
-
-# %% ../nbs/06_handler.ipynb #downloads
-class Downloads:
-    """The one Fetcher of the running event loop: opened on first use, closed when the loop ends."""
-
-    def __init__(self, limits: Limits, policy: Policy):
-        self.limits, self.policy = limits, policy
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def fetch(self, url: str) -> bytes:
-        """Return the bytes behind `url`; raise what Fetcher.fetch raises."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop, self._fetcher = loop, loop.create_future()
-            self._keeper = loop.create_task(self._keep_open(self._fetcher))
-        return await (await asyncio.shield(self._fetcher)).fetch(url)
-
-    async def close(self) -> None:
-        """Close the connections of the running loop now, rather than at its end."""
-        if self._loop is asyncio.get_running_loop():
-            self._loop = None
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
-
-    async def _keep_open(self, ready: asyncio.Future[Fetcher]) -> None:
-        async with Fetcher(self.limits, self.policy) as fetcher:
-            ready.set_result(fetcher)
-            await asyncio.Event().wait()
-
-# %% ../nbs/06_handler.ipynb #vector
-@dataclass(frozen=True)
-class Vector:
-    """An image's vector and where the time went."""
-
-    values: list[float]  # (dim,)
-    size: tuple[int, int]  # width and height of the image as downloaded
-    timings: dict[str, float]  # milliseconds
-
-# %% ../nbs/06_handler.ipynb #in-thread
-async def in_thread(
-    loop: asyncio.AbstractEventLoop,
-    pool: ThreadPoolExecutor,
-    function: Callable[..., Any],
-    *args: Any,
-) -> Any:
-    """Return what `function` returns in a thread of `pool`; raise what it raises."""
-
-    def call() -> Any:
-        try:
-            return function(*args)
-        except StopIteration as error:
-            raise RuntimeError("StopIteration in a thread") from error
-
-    return await loop.run_in_executor(pool, call)
-
-# %% ../nbs/06_handler.ipynb #pipeline
-class Pipeline:
-    """URL in, vector out; waits on the event loop, computes in threads."""
-
-    def __init__(
-        self,
-        embedder: Embedder,
-        downloads: Downloads,
-        limits: PixelLimits,
-        *,
-        decode_workers: int,  # threads that decode; one per CPU
-    ):
-        self.embedder, self.downloads, self.limits = embedder, downloads, limits
-        self._decoders = ThreadPoolExecutor(decode_workers, "decode")
-        self._model = ThreadPoolExecutor(1, "model")
-
-    async def run(self, url: str, normalize: bool) -> Vector:
-        """Return the vector of the image behind `url`; raise WorkerError subclasses only."""
-        run_in = partial(in_thread, asyncio.get_running_loop())
-        start = time.perf_counter()
-        data = await self.downloads.fetch(url)
-        size, pixels, decode_s, ready = await run_in(self._decoders, self._pixels, data)
-        log.info("Image downloaded successfully: %s", size)
-        values = await run_in(self._model, self._embed, pixels, normalize)
-        end = time.perf_counter()
-        seconds = {"download": ready - start, "inference": end - ready, "decode": decode_s}
-        return Vector(values, size, {f"{k}_ms": round(1e3 * s, 2) for k, s in seconds.items()})
-
-    def _pixels(self, data: bytes) -> tuple[tuple[int, int], Any, float, float]:
-        """Decode and preprocess in one step, so that only small tensors ever wait."""
-        start = time.perf_counter()
-        image = decode(data, self.limits)
-        decoded = time.perf_counter()
-        return image.size, self.embedder.preprocess(image), decoded - start, decoded
-
-    def _embed(self, pixels: Any, normalize: bool) -> list[float]:
-        rows = self.embedder.encode(pixels[None])  # (1, 3, S, S) -> (1, dim)
-        if tuple(rows.shape) != (1, self.embedder.dim):
-            raise InferenceFailed(detail=f"rows of shape {tuple(rows.shape)}")
-        return to_vectors(rows, [normalize])[0]  # (dim,)
-
-# %% ../nbs/06_handler.ipynb #success-reply
-def success_reply(
-    request: Request,
-    vector: Vector,
-    embedder: Embedder,
-    total_ms: float,  # from the job's arrival
-) -> dict[str, Any]:
-    """Return the reply for a vector, in plain types."""
-    return {
-        "request_id": request.request_id,
-        "embedding": vector.values,
-        "dim": len(vector.values),
-        "model": embedder.model_name,
-        "pretrained": embedder.pretrained,
-        "normalized": request.normalize,
-        "timings": {**vector.timings, "total_ms": round(total_ms, 2)},
-    }
 
 # %% ../nbs/06_handler.ipynb #sealed
 def sealed(reply: dict[str, Any]) -> dict[str, Any]:
@@ -241,14 +81,15 @@ class Door:
         self,
         keyring: Keyring,
         *,
+        bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
         clock: Callable[[], float] = time.time,  # Unix seconds
     ):
-        self.keyring, self.clock = keyring, clock
+        self.keyring, self.bounds, self.clock = keyring, bounds, clock
         self.versions: Counter[int] = Counter()  # accepted requests by signature version
 
     def admit(self, job_input: Any) -> Request:
         """Return the request in `job_input`; raise InvalidRequest, InvalidUrl or AuthFailed."""
-        request = parse(job_input)
+        request = parse(job_input, self.bounds)
         credential = verify(job_input, keyring=self.keyring, now=self.clock())
         refuse_unknown_fields(job_input)
         self.versions[credential.version] += 1
@@ -256,36 +97,6 @@ class Door:
             counts = ", ".join(f"v{v} {n:,}" for v, n in sorted(self.versions.items()))
             log.info("Requests accepted by signature version: %s", counts)
         return request
-
-# %% ../nbs/06_handler.ipynb #service
-class Service:
-    """Door and pipeline together: a job's input in, a reply out, or a WorkerError."""
-
-    def __init__(self, door: Door, pipeline: Pipeline):
-        self.door, self.pipeline = door, pipeline
-
-    async def answer(
-        self,
-        job_input: Any,  # whatever came as job["input"]
-    ) -> dict[str, Any]:
-        """Return the reply to `job_input`; raise WorkerError subclasses."""
-        start = time.perf_counter()
-        request, embedder = self.door.admit(job_input), self.pipeline.embedder
-        name = request.request_id
-        log.info("Processing request: %s", name)
-        if request.model not in (None, embedder.model_name):
-            log.warning(
-                "Request %s asks for model %a; answering with %s",
-                name, request.model, embedder.model_name,
-            )
-        vector = await self.pipeline.run(request.image_url, request.normalize)
-        log.info("Generated embedding with %d dimensions", len(vector.values))
-        total, spent = time.perf_counter() - start, vector.timings
-        log.info(
-            "Request %s completed in %.3fs (download: %.3fs, inference: %.3fs)",
-            name, total, spent["download_ms"] / 1e3, spent["inference_ms"] / 1e3,
-        )
-        return success_reply(request, vector, embedder, total * 1e3)
 
 # %% ../nbs/06_handler.ipynb #refuse
 def refuse(error: WorkerError, request_id: str) -> dict[str, Any]:
@@ -302,6 +113,106 @@ def refuse(error: WorkerError, request_id: str) -> dict[str, Any]:
 def is_fatal(error: WorkerError) -> bool:
     """Tell whether this process cannot compute any more after `error`."""
     return isinstance(error, InferenceFailed) and error.fatal
+
+# %% ../nbs/06_handler.ipynb #guarded
+async def guarded(
+    work: Awaitable[dict[str, Any]],  # what makes the reply
+    request_id: str,
+) -> dict[str, Any]:
+    """Return the reply of `work`, or the one for what it raised; raises only CancelledError."""
+    try:
+        return await work
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:  # a library's SystemExit must not end the other jobs
+        known = isinstance(error, WorkerError)
+        return refuse(error if known else InternalError(detail=where(error)), request_id)
+
+# %% ../nbs/06_handler.ipynb #embed-item
+async def embed_item(
+    pipeline: Pipeline,
+    space: Space,  # of the pipeline's embedder
+    request: Request,
+    item: Item,  # one of its items
+) -> dict[str, Any]:
+    """Return the result for one item; raise WorkerError subclasses."""
+    if item.fault:
+        raise item.fault
+    level = logging.DEBUG if request.many else logging.INFO
+    embed = embed_text if request.form in TEXTS else embed_url
+    vector = await embed(pipeline, item.source, item.normalize)
+    if vector.size:
+        log.log(level, "Image downloaded successfully: %s", vector.size)
+    log.log(level, "Generated embedding with %d dimensions", len(vector.values))
+    spent = {
+        name: f"{vector.timings[name + '_ms'] / 1e3:.3f}"
+        for name in ("download", "inference", "total")
+    }
+    log.log(
+        level,
+        "Request %s completed in %ss (download: %ss, inference: %ss)",
+        item.request_id,
+        spent["total"],
+        spent["download"],
+        spent["inference"],
+    )
+    return success_reply(
+        item,
+        vector.values,
+        space,
+        vector.timings,
+        encoding_format=request.encoding_format,
+        truncated=vector.truncated,
+    )
+
+# %% ../nbs/06_handler.ipynb #embed-items
+async def embed_items(pipeline: Pipeline, space: Space, request: Request) -> dict[str, Any]:
+    """Return the reply to a request of many items; raises only CancelledError."""
+    start = time.perf_counter()
+    work = [embed_item(pipeline, space, request, item) for item in request.items]
+    pairs = zip(work, request.items, strict=True)
+    results = await asyncio.gather(*[guarded(one, item.request_id) for one, item in pairs])
+    lost = [result.pop("refresh_worker", False) for result in results]
+    seconds = time.perf_counter() - start
+    reply = many_reply(request, results, space, {"total_ms": round(1e3 * seconds, 2)})
+    log.info(
+        "Request %s completed in %.3fs (%d %s, %d failed)",
+        request.request_id, seconds, reply["count"], request.form, reply["failed"],
+    )
+    return {**reply, "refresh_worker": True} if any(lost) else reply
+
+# %% ../nbs/06_handler.ipynb #service
+class Service:
+    """Door and pipeline together: a job's input in, a reply out, or a WorkerError."""
+
+    def __init__(self, door: Door, pipeline: Pipeline):
+        self.door, self.pipeline = door, pipeline
+        model = pipeline.embedder
+        self.space = Space(model.model_name, model.pretrained, model.dim, model.space_id)
+
+    async def answer(
+        self,
+        job_input: Any,  # whatever came as job["input"]
+    ) -> dict[str, Any]:
+        """Return the reply to `job_input`; raise WorkerError subclasses."""
+        request = self.door.admit(job_input)
+        log.info("Processing request: %s", request.request_id)
+        if request.model not in (None, self.space.model):
+            log.warning(
+                "Request %s asks for model %a; answering with %s",
+                request.request_id, request.model, self.space.model,
+            )
+        if request.many:
+            return await embed_items(self.pipeline, self.space, request)
+        return await embed_item(self.pipeline, self.space, request, request.items[0])
+
+# %% ../nbs/06_handler.ipynb #request-id-of
+def request_id_of(job: Any) -> str:
+    """Return the id to answer `job` with: its own, or `unknown` when it has none fit to echo."""
+    try:
+        return read_request_id(job["input"])
+    except (WorkerError, LookupError, TypeError):
+        return UNKNOWN
 
 # %% ../nbs/06_handler.ipynb #worker
 class Worker:
@@ -321,23 +232,22 @@ class Worker:
         job: dict[str, Any],  # the platform's: {"id": ..., "input": ...}
     ) -> dict[str, Any]:
         """Return the reply to `job`; raises nothing but CancelledError."""
-        request_id = UNKNOWN
+        request_id = request_id_of(job)
         try:
-            job_input = job.get("input")
-            request_id = read_request_id(job_input)
-            if self.lost:
-                raise InferenceFailed(detail="the device was lost earlier", fatal=True)
-            return sealed(await self.service.answer(job_input))
-        except (asyncio.CancelledError, GeneratorExit):
+            reply = await guarded(self._reply(job), request_id)
+        except asyncio.CancelledError:
             log.info("Request %s cancelled", request_id)
             raise
-        except BaseException as error:  # a library's SystemExit must not end the other jobs
-            known = isinstance(error, WorkerError)
-            error = error if known else InternalError(detail=where(error))
-            if is_fatal(error) and not self.lost:
-                self.lost = True
-                self.on_fatal()
-            return refuse(error, request_id)
+        if reply.get("refresh_worker") and not self.lost:
+            self.lost = True
+            self.on_fatal()
+        return reply
+
+    async def _reply(self, job: dict[str, Any]) -> dict[str, Any]:
+        read_request_id(job.get("input"))
+        if self.lost:
+            raise InferenceFailed(detail="the device was lost earlier", fatal=True)
+        return sealed(await self.service.answer(job.get("input")))
 
 # %% ../nbs/06_handler.ipynb #build
 def build(settings: Settings) -> Worker:
@@ -347,24 +257,45 @@ def build(settings: Settings) -> Worker:
         settings.pretrained,
         device=settings.device,
         activation=settings.activation,
+        precision=settings.precision,
+        preprocess=settings.preprocess,
+        artifact_dir=settings.artifact_dir,
     )
-    keyring = Keyring(
+    pipeline = Pipeline(
+        embedder,
+        Downloads(*limits_of(settings)),
+        PixelLimits(max_pixels=settings.max_image_pixels),
+        decode_workers=settings.decode_workers or usable_cpus(),
+        max_batch=settings.max_batch_size,
+        max_bytes_in_flight=settings.max_bytes_in_flight,
+        load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),
+    )
+    if settings.text == "eager":
+        pipeline.texts.load()
+    bounds = Bounds(max_items=settings.max_images_per_job, dim=embedder.dim)
+    door = Door(keys_of(settings), bounds=bounds)
+    return Worker(Service(door, pipeline), on_fatal=stop_taking_jobs)
+
+# %% ../nbs/06_handler.ipynb #what-it-is-built-of
+def keys_of(settings: Settings) -> Keyring:
+    """Return the keys that the settings name."""
+    return Keyring(
         v1_secret=settings.hmac_secret if settings.auth_accept_v1 else None,
         keys=settings.hmac_keys,
         audience=settings.auth_audience,
         window_s=settings.auth_time_window_s,
         max_lifetime_s=settings.auth_max_lifetime_s,
     )
+
+
+def limits_of(settings: Settings) -> tuple[Limits, Policy]:
+    """Return how much may be downloaded, and from where."""
     policy = Policy(
         allowed_hosts=settings.allowed_image_hosts,
         allowed_networks=settings.allowed_private_networks,
         allow_http=settings.allow_http,
     )
-    limits = Limits(max_bytes=settings.max_image_bytes, timeout_s=settings.download_timeout_s)
-    pixels = PixelLimits(max_pixels=settings.max_image_pixels)
-    threads = os.cpu_count() or 1
-    pipeline = Pipeline(embedder, Downloads(limits, policy), pixels, decode_workers=threads)
-    return Worker(Service(Door(keyring), pipeline), on_fatal=stop_taking_jobs)
+    return Limits(max_bytes=settings.max_image_bytes, timeout_s=settings.download_timeout_s), policy
 
 # %% ../nbs/06_handler.ipynb #stop-taking-jobs
 def stop_taking_jobs() -> None:
@@ -385,11 +316,27 @@ def set_up_logging(level: str) -> None:
     log.handlers, log.propagate = [handler], False
     log.setLevel(level)
 
+# %% ../nbs/06_handler.ipynb #a-name-nobody-needs
+@contextmanager
+def without_cpuinfo() -> Iterator[None]:
+    """Answer `cpuinfo.get_cpu_info()` at once, for whoever imports it inside the block."""
+    there = sys.modules.get("cpuinfo")
+    light = ModuleType("cpuinfo")
+    light.get_cpu_info = lambda: {"brand_raw": "not looked up"}
+    sys.modules["cpuinfo"] = light
+    try:
+        yield
+    finally:
+        del sys.modules["cpuinfo"]
+        if there is not None:
+            sys.modules["cpuinfo"] = there
+
 # %% ../nbs/06_handler.ipynb #serve
 def serve(worker: Worker, settings: Settings) -> None:
     """Run `worker` under the platform's SDK until it is told to stop."""
-    import runpod
-    from runpod.serverless.modules.rp_logger import RunPodLogger
+    with without_cpuinfo():
+        import runpod
+        from runpod.serverless.modules.rp_logger import RunPodLogger
 
     RunPodLogger().level = {"WARNING": "WARN", "ERROR": "ERROR"}.get(settings.log_level, "INFO")
 
@@ -408,7 +355,8 @@ def serve(worker: Worker, settings: Settings) -> None:
 def main() -> None:
     """Start the worker; exit with status 1 and one clear line for each problem when it cannot."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        from runpod.serverless import parser
+        with without_cpuinfo():
+            from runpod.serverless import parser
 
         parser.print_help()
         return

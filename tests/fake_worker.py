@@ -20,6 +20,8 @@ from heimdex_clip_worker.embed import Embedder
 class FakeEmbedder(Embedder):
     """The real one but for its weights: its load, its preprocessing and its forward pass."""
 
+    space_id = "fa4e000000000000"
+
     @classmethod
     def load(cls, model_name: str, *args: Any, **kwargs: Any) -> FakeEmbedder:
         return cls(
@@ -46,6 +48,21 @@ class FakeEmbedder(Embedder):
         return torch.nn.functional.pad(pixels, (0, self.dim - pixels.shape[1]))
 
 
+class FakeText:
+    """Texts whose vector is their length and the codes of their first letters."""
+
+    @classmethod
+    def load(cls, *args: Any, **kwargs: Any) -> FakeText:
+        return cls()
+
+    def tokenize(self, text: str) -> tuple[torch.Tensor, bool]:
+        codes = [float(ord(c)) for c in text[:7]]
+        return torch.tensor([len(text), *codes, *[0.0] * (7 - len(codes))]), len(text) > 300
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:  # (N, 8) -> (N, 512)
+        return torch.nn.functional.pad(tokens, (0, 512 - tokens.shape[1]))
+
+
 def mean_and_size(image: Image.Image) -> torch.Tensor:
     """Return mean red, green, blue, width and height."""
     return torch.tensor([*ImageStat.Stat(image).mean, *image.size])  # (5,) float32
@@ -53,7 +70,8 @@ def mean_and_size(image: Image.Image) -> torch.Tensor:
 
 def main() -> None:
     """Run the handler's own `main` over the fake."""
-    handler.Embedder, handler.check_model = FakeEmbedder, lambda *names: []
+    handler.Embedder, handler.TextEmbedder = FakeEmbedder, FakeText
+    handler.check_model = lambda *names: []
     handler.main()
 
 

@@ -35,9 +35,9 @@ import rows_image  # noqa: E402
 import rows_payload  # noqa: E402
 import stand  # noqa: E402
 
+from heimdex_clip_worker.batch import Downloads  # noqa: E402
 from heimdex_clip_worker.decode import PixelLimits  # noqa: E402
 from heimdex_clip_worker.download import Limits  # noqa: E402
-from heimdex_clip_worker.handler import Downloads  # noqa: E402
 
 KIT = rows_auth.Kit(now=1_764_000_000)
 DRIFT = 0.05  # of memory, between the end of the warm-up and the end

@@ -11,15 +11,17 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from fake_worker import FakeEmbedder
+from fake_worker import FakeEmbedder, FakeText
 from rows_auth import Kit
 
 import heimdex_clip_worker
 from heimdex_clip_worker.auth import Keyring
+from heimdex_clip_worker.batch import Downloads, Pipeline
+from heimdex_clip_worker.contract import decode_vector
 from heimdex_clip_worker.decode import PixelLimits
 from heimdex_clip_worker.download import Fetcher, Limits, Policy
 from heimdex_clip_worker.errors import error_table
-from heimdex_clip_worker.handler import Door, Downloads, Pipeline, Service, Worker
+from heimdex_clip_worker.handler import Door, Service, Worker
 
 PHOTOS = Path(heimdex_clip_worker.__file__).with_name("photos")
 CODES = frozenset(error_table())
@@ -30,6 +32,7 @@ class Canned(Downloads):
     """Downloads without a network: every URL holds the same bytes."""
 
     def __init__(self, data: bytes, after: Callable[[], Any] | None = None):
+        super().__init__(Limits(), Policy())
         self.data, self.after, self.asked = data, after, 0
 
     async def fetch(self, url: str) -> bytes:
@@ -89,6 +92,7 @@ def make_worker(
         downloads,
         limits or PixelLimits(),
         decode_workers=os.cpu_count() or 1,
+        load_text=FakeText.load,
     )
     door = Door(keyring(kit), clock=lambda: kit.now + 0.25)
     return Worker(Service(door, pipeline), on_fatal=on_fatal)
@@ -100,10 +104,7 @@ async def running(worker: Worker) -> AsyncIterator[Worker]:
     try:
         yield worker
     finally:
-        pipeline = worker.service.pipeline
-        await pipeline.downloads.close()
-        pipeline._decoders.shutdown(wait=True)
-        pipeline._model.shutdown(wait=True)
+        await worker.service.pipeline.close()
 
 
 def loopback() -> Policy:
@@ -112,13 +113,18 @@ def loopback() -> Policy:
 
 
 def code_of(reply: dict[str, Any]) -> str:
-    """Check a reply's form; return its code, "OK" for a vector."""
+    """Check a reply's form; return its code, "OK" for a vector or for many results."""
     text = json.dumps(reply, allow_nan=False, ensure_ascii=False).encode().decode()
     assert not SECRETS.search(text), text[:300]
+    if "results" in reply:
+        codes = [code_of(result) for result in reply["results"]]
+        assert (reply["count"], reply["failed"]) == (len(codes), len(codes) - codes.count("OK"))
+        assert not reply.keys() & {"error", "code"}
+        return "OK"
     if "embedding" in reply:
         assert not reply.keys() & {"error", "code"}
-        assert len(reply["embedding"]) == reply["dim"]
-        assert all(type(value) is float for value in reply["embedding"])
+        assert len(decode_vector(reply["embedding"])) == reply["dim"]
+        assert all(type(value) is float for value in decode_vector(reply["embedding"]))
         return "OK"
     assert reply["code"] in CODES
     assert type(reply["error"]) is str and type(reply["retryable"]) is bool

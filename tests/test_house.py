@@ -72,10 +72,12 @@ DISTRIBUTION = {  # where the names differ
 }
 
 # The contract's words, of the request and of the replies.
-REQUEST = ["image_url", "request_id", "normalize", "model", "auth", "ts", "sig"]
-SUCCESS = ["embedding", "dim", "pretrained", "normalized", "timings"]
-TIMINGS = ["download_ms", "inference_ms", "total_ms"]
-WIRE = REQUEST + SUCCESS + TIMINGS + ["error", "code", "retryable"]
+REQUEST = ["image_url", "images", "text", "texts", "request_id", "normalize", "model"]
+REQUEST += ["encoding_format", "auth", "ts", "sig"]
+SUCCESS = ["embedding", "dim", "pretrained", "space_id", "normalized", "timings", "truncated"]
+MANY = ["results", "count", "failed"]
+TIMINGS = ["download_ms", "decode_ms", "queue_ms", "inference_ms", "total_ms"]
+WIRE = REQUEST + SUCCESS + MANY + TIMINGS + ["error", "code", "retryable"]
 
 
 def name_of(path: Path) -> str:

@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 
 from heimdex_clip_worker.errors import ModelError
 from heimdex_clip_worker.tower import (
-    DTYPES,
     TextTower,
     VisionTower,
     covers,

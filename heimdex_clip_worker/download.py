@@ -21,6 +21,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import certifi
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import HttpProcessingError
 from yarl import URL
 
@@ -40,8 +41,8 @@ from heimdex_clip_worker.errors import (
 )
 
 # %% auto #0
-__all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'MAX_ADDRESSES', 'DNS_THREADS', 'MAX_INTERIM', 'REDIRECTS', 'CONNECT_TIMEOUT_S',
-           'Limits', 'Policy', 'check_address', 'Target', 'check_url', 'resolve_ipv4', 'Fetcher']
+__all__ = ['DENIED', 'NEVER', 'PORTS', 'Resolve', 'MAX_ADDRESSES', 'DNS_THREADS', 'MAX_INTERIM', 'SPARE', 'REDIRECTS',
+           'CONNECT_TIMEOUT_S', 'Limits', 'Policy', 'check_address', 'Target', 'check_url', 'resolve_ipv4', 'Fetcher']
 
 # %% ../nbs/03_download.ipynb #limits
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def _read_url(url: str) -> tuple[str, str, int, str]:  # scheme, host, port, pat
     if not same or not one.hostname or "@" in one.netloc:
         raise InvalidUrl("Invalid URL (host, port or user name)")
     path = url.split("#")[0].split("://", 1)[1][len(one.netloc) :]
-    return one.scheme, one.hostname, read[2], path if path.startswith("/") else f"/{path}"
+    path = path if path.startswith("/") else f"/{path}"
+    if other.raw_path_qs != path:  # what would be sent: yarl drops the mark of an empty query
+        raise InvalidUrl("Invalid URL (a question mark without a query)")
+    return one.scheme, one.hostname, read[2], path
 
 # %% ../nbs/03_download.ipynb #check-url
 def check_url(url: str, policy: Policy) -> Target:
@@ -287,6 +291,28 @@ async def _send_once(request: Any, send: Any) -> aiohttp.ClientResponse:
     except aiohttp.ClientConnectionError as error:
         raise _translate(error) from error
 
+# %% ../nbs/03_download.ipynb #wire
+SPARE = 1_048_576  # bytes a connection may bring besides twice the largest image: heads, chunks
+
+
+class _Wire(ResponseHandler):
+    """A connection that ends when it brings more than any honest answer has."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_bytes: int):
+        super().__init__(loop)
+        self._left = 2 * max_bytes + SPARE
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes off the wire; fail whoever waits for the answer once there are too many."""
+        self._left -= len(data)
+        if self._left >= 0:
+            return super().data_received(data)
+        error = BadResponse(detail="more bytes on the wire than an image and its framing need")
+        for reader in (self._payload, self):
+            if reader is not None:
+                reader.set_exception(error)
+        self.transport.abort()
+
 # %% ../nbs/03_download.ipynb #coding-of
 def _coding(headers: Any) -> str:  # "" or "gzip"
     """Return the one coding of a body; raise BadResponse for all that is not read here."""
@@ -363,6 +389,7 @@ def _open_session(
     resolver: AbstractResolver,
     policy: Policy,
     ssl_context: ssl.SSLContext,
+    max_bytes: int,
 ) -> aiohttp.ClientSession:
     """Return a session that dials checked addresses only and has no memory or environment."""
     connector = aiohttp.TCPConnector(
@@ -375,6 +402,7 @@ def _open_session(
         force_close=True,
         limit=0,  # as many as there are fetches
     )
+    connector._factory = partial(_Wire, asyncio.get_running_loop(), max_bytes)
     return aiohttp.ClientSession(
         connector=connector,
         response_class=_Response,
@@ -394,10 +422,13 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     size = response.content_length  # aiohttp has refused any but a single plain number
     if size is not None and size > max_bytes:
         raise _too_large(size, max_bytes)
+    endless = size is None and "Transfer-Encoding" not in response.headers
+    if endless and response.url.scheme == "https":
+        raise BadResponse(detail="https without a length: anybody on the way could cut it short")
     body = _Body(_coding(response.headers), max_bytes)
     async for chunk in response.content.iter_chunked(65_536):
         body.add(chunk)
-    if size is None and response.was_cut() and "Transfer-Encoding" not in response.headers:
+    if endless and response.was_cut():
         raise FetchFailed(detail="cut off")  # only its end tells where such a body ends
     return body.end()
 
@@ -441,7 +472,9 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(DNS_THREADS, "dns")
         look_up = self._resolve or partial(resolve_ipv4, threads=self._threads)
         resolver = _CheckedResolver(look_up, self.policy, self.limits.dns_timeout_s)
-        self._session = _open_session(resolver, self.policy, self._ssl or _trust())
+        self._session = _open_session(
+            resolver, self.policy, self._ssl or _trust(), self.limits.max_bytes
+        )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -24,8 +24,8 @@ from torch import nn
 from .errors import ModelError
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'PREPARATION', 'NOT_OF_THE_TEXT', 'model_config', 'Weights', 'find_file', 'find_tag', 'file_facts',
-           'read_config', 'in_one_line', 'has_choice', 'is_torchscript', 'openai_digests', 'file_digest',
+__all__ = ['SUFFIXES', 'PREPARATION', 'NOT_OF_THE_TEXT', 'model_config', 'Weights', 'is_tag', 'find_file', 'find_tag',
+           'file_facts', 'read_config', 'in_one_line', 'has_choice', 'is_torchscript', 'openai_digests', 'file_digest',
            'check_archive', 'evidence', 'file_evidence', 'read_metadata', 'unreadable', 'choose_activation',
            'or_another_name', 'plan', 'check_model', 'read_weights', 'cached_weights', 'fetch_weights', 'build_tower',
            'build_text_tower', 'built_activation', 'image_weights', 'text_weights', 'misfit', 'fill', 'load_tower',
@@ -60,9 +60,14 @@ class Weights:
         return f"CLIP_PRETRAINED={str(self.path or self.name)!r}"
 
 # %% ../nbs/03b_weights.ipynb #find-file
+def is_tag(pretrained: str) -> bool:
+    """Tell whether weights are named by a tag, and not by a path."""
+    return not {"/", "\\", "."} & set(pretrained)
+
+
 def find_file(pretrained: str) -> Path | None:  # None: it is a tag
     """Return the path if `pretrained` is one; raise ModelError if it cannot be used."""
-    if not {"/", "\\", "."} & set(pretrained):
+    if is_tag(pretrained):
         return None
     path = Path(pretrained)
     if path.suffix not in SUFFIXES:

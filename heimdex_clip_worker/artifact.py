@@ -54,9 +54,9 @@ log = logging.getLogger("heimdex_clip_worker")
 # %% auto #0
 __all__ = ['log', 'RECIPE', 'OF_TRAINING', 'FORMAT', 'MAX_MANIFEST', 'DRIFT', 'preparation_of', 'space_id', 'canonical',
            'weights_digest', 'Source', 'Golden', 'Manifest', 'text_of', 'row_of', 'read_as', 'write_manifest',
-           'read_manifest', 'golden_pixels', 'golden_tokens', 'drift', 'Artifact', 'prove', 'covered', 'prove_text',
-           'make', 'source_of', 'beside_digest', 'folder_name', 'keep', 'put', 'clear_remains', 'now', 'check_source',
-           'find']
+           'read_manifest', 'golden_pixels', 'golden_tokens', 'drift', 'Artifact', 'in_memory', 'prove', 'covered',
+           'prove_text', 'make', 'source_of', 'beside_digest', 'folder_name', 'keep', 'put', 'clear_remains', 'now',
+           'check_source', 'find']
 
 # %% ../nbs/03e_artifact.ipynb #preparation-of
 def preparation_of(loaded: Loaded) -> Preparation:
@@ -304,6 +304,11 @@ class Artifact:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"the serving artifact is damaged: {in_one_line(error)}") from error
+
+# %% ../nbs/03e_artifact.ipynb #in-memory
+def in_memory(made: Artifact, *parts: str) -> Artifact:
+    """Return an artifact with only these of its weights, to free the others'."""
+    return Artifact(made.manifest, None, {part: made.memory[part] for part in parts})
 
 # %% ../nbs/03e_artifact.ipynb #prove
 def prove(

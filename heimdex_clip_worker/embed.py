@@ -5,20 +5,37 @@
 # %% ../nbs/04_embed.ipynb #imports
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
+from . import artifact
+from .artifact import DRIFT, Artifact, drift, golden_pixels, row_of
 from .errors import InferenceFailed, ModelError
-from .weights import fetch_weights, in_one_line, load_tower, plan
+from heimdex_clip_worker.preprocess import (
+    Preparation,
+    draft_size,
+    exact,
+    fast,
+    to_model,
+    trim,
+)
+from .tower import DTYPES, pick_precision
+from .weights import Loaded, check_model, in_one_line, load_model
+
+log = logging.getLogger("heimdex_clip_worker")
 
 # %% auto #0
-__all__ = ['MAX_RATIO', 'MEMORY', 'BROKEN', 'pick_device', 'forbid_tf32', 'make_transform', 'trim', 'short_of_memory',
-           'inference_failed', 'forward', 'run_tower', 'to_vectors', 'Embedder', 'load']
+__all__ = ['log', 'MEMORY', 'BROKEN', 'pick_device', 'forbid_tf32', 'make_transform', 'short_of_memory', 'inference_failed',
+           'copy_stream', 'move', 'forward', 'run_tower', 'to_vectors', 'Parts', 'Embedder', 'warm_up', 'from_disk',
+           'made_of', 'load', 'from_artifact', 'through_open_clip', 'check_choice']
 
 # %% ../nbs/04_embed.ipynb #pick-device
 def pick_device(device: str) -> torch.device:
@@ -51,21 +68,6 @@ def make_transform(
     config = merge_preprocess_dict(PreprocessCfg(), {**facts, "size": size})
     return image_transform_v2(PreprocessCfg(**config), is_train=False)
 
-# %% ../nbs/04_embed.ipynb #trim
-MAX_RATIO = 100  # long side to short side; photographs stay far below
-
-
-def trim(image: Image.Image) -> Image.Image:
-    """Return the image, cut to its middle if it is longer than MAX_RATIO times its short side."""
-    (short, long), (width, height) = sorted(image.size), image.size
-    keep = MAX_RATIO * short
-    keep += (long - keep) % 2  # as much from either end
-    if long <= keep:
-        return image
-    start = (long - keep) // 2
-    wide = (start, 0, start + keep, height)
-    return image.crop(wide if width > height else (0, start, width, start + keep))
-
 # %% ../nbs/04_embed.ipynb #failures
 MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert", "ECC error")
@@ -81,34 +83,59 @@ def inference_failed(error: RuntimeError) -> InferenceFailed:
     lost = not short_of_memory(error) and any(sign in str(error) for sign in BROKEN)
     return InferenceFailed(detail=in_one_line(error), fatal=lost)
 
+# %% ../nbs/04_embed.ipynb #move
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream on which batches are copied to a GPU."""
+    return torch.cuda.Stream(device)
+
+
+def move(
+    batch: torch.Tensor,
+    device: str | torch.device,
+) -> torch.Tensor:  # safe to use on this thread's current stream
+    """Return a batch on the device."""
+    device = torch.device(device)
+    if device.type != "cuda" or batch.is_cuda:
+        return batch.to(device)
+    copying, computing = copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying):
+        moved = batch.pin_memory().to(device, non_blocking=True)
+    computing.wait_stream(copying)
+    moved.record_stream(computing)  # or its memory could be reused before it is read
+    return moved
+
 # %% ../nbs/04_embed.ipynb #forward
 def forward(
     tower: nn.Module,
-    pixels: torch.Tensor,  # (N, 3, S, S) float32, on any device
+    batch: torch.Tensor,  # pixels or tokens, on any device
     device: str | torch.device,  # the tower's
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,  # done on the device
 ) -> torch.Tensor:  # (N, dim) float32, on the CPU
     """Run the tower once."""
     with torch.inference_mode():
-        rows = tower(pixels.to(device))
+        batch = move(batch, device)
+        rows = tower(prepare(batch) if prepare else batch)
         pooled = rows[0] if isinstance(rows, tuple) else rows  # CoCa adds its tokens
         return pooled.float().cpu()
 
 # %% ../nbs/04_embed.ipynb #run-tower
 def run_tower(
     tower: nn.Module,
-    pixels: torch.Tensor,  # (N, 3, S, S) float32, on any device
+    batch: torch.Tensor,  # pixels or tokens, on any device
     device: str | torch.device,  # the tower's
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,  # done on the device
     halve: bool = True,  # try again in two halves when memory runs out
 ) -> torch.Tensor:  # (N, dim) float32, on the CPU
     """Run the tower, in halves if memory demands it; raise InferenceFailed."""
     try:
-        return forward(tower, pixels, device)
+        return forward(tower, batch, device, prepare)
     except RuntimeError as error:
-        if not (halve and len(pixels) > 1 and short_of_memory(error)):
+        if not (halve and len(batch) > 1 and short_of_memory(error)):
             raise inference_failed(error) from error
     torch.cuda.empty_cache()  # not above: while the error lives, so do its tensors
-    halves = pixels.split((len(pixels) + 1) // 2)
-    return torch.cat([run_tower(tower, half, device, halve=False) for half in halves])
+    halves = batch.split((len(batch) + 1) // 2)
+    return torch.cat([run_tower(tower, half, device, prepare, halve=False) for half in halves])
 
 # %% ../nbs/04_embed.ipynb #to-vectors
 def to_vectors(
@@ -125,35 +152,57 @@ def to_vectors(
     divisors = [length if unit else 1.0 for length, unit in zip(lengths, normalize, strict=True)]
     return (exact / torch.tensor(divisors, dtype=torch.float64)[:, None]).float().tolist()
 
-# %% ../nbs/04_embed.ipynb #embedder
+# %% ../nbs/04_embed.ipynb #parts
 @dataclass(frozen=True)
-class Embedder:
-    """An image tower with its weights, ready to run."""
+class Parts:
+    """An image tower with its weights, and what is known about it."""
 
     tower: nn.Module
-    transform: Callable[[Image.Image], torch.Tensor]  # open_clip's own, for these weights
+    transform: Callable[[Image.Image], torch.Tensor] | None  # open_clip's; None: ours does
     model_name: str  # "ViT-B-32"
     pretrained: str  # as reported: the tag, or the file's stem
     activation: str  # quickgelu, gelu or fixed
     dim: int  # 512 for ViT-B-32
     image_size: int  # 224 for ViT-B-32
     device: str  # "cpu", "cuda"
+    precision: str = "fp32"  # or fp16, bf16
+    preparation: Preparation | None = None  # how images are made ready
+    quality: str = "exact"  # CLIP_PREPROCESS: exact or fast
+    space_id: str = ""  # vectors with another one must not be compared with these
+    golden: torch.Tensor | None = None  # (3, dim): open_clip's answers to `golden_pixels`
+    artifact: Artifact | None = None  # where the tower is from, and the text tower may be
+
+    @property
+    def at_least(self) -> int | None:  # pixels; None: all of them
+        """How short `decode` may make the short side of a JPEG."""
+        small = self.transform is None and self.quality == "fast"
+        return draft_size(self.preparation) if small else None
+
+# %% ../nbs/04_embed.ipynb #embedder
+@dataclass(frozen=True)
+class Embedder(Parts):
+    """An image tower at work."""
 
     @classmethod
-    def load(
-        cls, model_name: str, pretrained: str, *, device="auto", activation="auto", cache_dir=None
-    ) -> Embedder:
+    def load(cls, model_name: str, pretrained: str, **options: Any) -> Embedder:
         """Return the embedder that was asked for, see `load`; raise ModelError."""
-        options = {"device": device, "activation": activation, "cache_dir": cache_dir}
         return load(model_name, pretrained, **options)
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:  # RGB -> (3, S, S) float32
-        """Return an image as the weights expect it."""
-        return self.transform(trim(image))
+    def preprocess(self, image: Image.Image) -> torch.Tensor:  # RGB -> (3, S, S) uint8
+        """Return an image's pixels (float32 if they are from open_clip's own transform)."""
+        if self.transform is not None:
+            return self.transform(trim(image))
+        return (fast if self.quality == "fast" else exact)(image, self.preparation)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # (N, 3, S, S) -> (N, dim) float32
         """Return the raw rows of a batch, on the CPU; raise InferenceFailed."""
-        return run_tower(self.tower, pixels, self.device)
+        return run_tower(self.tower, pixels, self.device, self.prepare)
+
+    def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return pixels as the tower wants them, on the device they are on."""
+        dtype = DTYPES[self.precision]
+        whole = pixels.dtype == torch.uint8
+        return to_model(pixels, self.preparation, dtype) if whole else pixels.to(dtype)
 
     def embed(
         self, images: list[Image.Image], normalize: list[bool] | bool = True
@@ -164,8 +213,50 @@ class Embedder:
         return to_vectors(self.encode(torch.stack(pixels)), wanted) if pixels else []
 
     def warm_up(self) -> None:
-        """Run once, so that the first job does not wait for it; raise InferenceFailed."""
-        self.embed([Image.new("RGB", (self.image_size, self.image_size), "grey")])
+        """Run once, see `warm_up`; raise InferenceFailed or ModelError."""
+        warm_up(self)
+
+# %% ../nbs/04_embed.ipynb #warm-up
+def warm_up(embedder: Embedder) -> None:
+    """Run once and compare with open_clip's answers; raise InferenceFailed or ModelError."""
+    size = embedder.image_size
+    if embedder.golden is None:
+        embedder.embed([Image.new("RGB", (size, size), "grey")])
+        return
+    turned = drift(embedder.encode(golden_pixels(size)), embedder.golden)
+    if not turned <= DRIFT[embedder.precision]:
+        raise ModelError(
+            f"{embedder.model_name} on {embedder.device} in {embedder.precision} does not give "
+            f"open_clip's vectors: 1 - cosine {turned:.1e} > {DRIFT[embedder.precision]:.0e}; "
+            "set CLIP_PRECISION to fp32, or remove the serving artifact (CLIP_ARTIFACT_DIR)"
+        )
+
+# %% ../nbs/04_embed.ipynb #of-artifact
+def from_disk(artifact_dir: str, *asked: str | None) -> tuple[Artifact, nn.Module] | None:
+    """Return an artifact with its image tower, if there is a sound one; see `artifact.find`."""
+    found = artifact.find(artifact_dir, *asked)
+    try:
+        return found and (found, found.tower())
+    except ModelError as problem:
+        log.warning("%s; it is made anew", problem)
+        return None
+
+
+def made_of(loaded: Loaded, precision: str, artifact_dir: str | None) -> Artifact:
+    """Return the artifact of a checkpoint, kept on disk if it can be; raise ModelError."""
+    made = artifact.make(loaded, precision, text=bool(artifact_dir))
+    if not artifact_dir:
+        return made
+    try:
+        kept = artifact.keep(made, artifact_dir)
+        log.info("The serving artifact was written to %s", kept.folder)
+        return kept
+    except OSError as error:
+        why = in_one_line(error)
+        log.warning(
+            "CLIP_ARTIFACT_DIR=%r: the serving artifact stays in memory: %s", artifact_dir, why
+        )
+        return artifact.in_memory(made, "image")
 
 # %% ../nbs/04_embed.ipynb #load
 def load(
@@ -175,21 +266,100 @@ def load(
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     activation: str = "auto",  # auto, gelu or quickgelu; auto never guesses
     cache_dir: str | None = None,  # of the hub library; None: its own choice (HF_HOME)
+    precision: str = "auto",  # auto, fp32, fp16 or bf16
+    preprocess: str = "fast",  # or exact
+    artifact_dir: str | None = None,  # where serving artifacts are; None: neither read nor kept
 ) -> Embedder:
     """Return the embedder that was asked for; raise ModelError rather than return another."""
     where = pick_device(device)
     if where.type == "cuda":
         forbid_tf32()
-    config, weights, trained = plan(model_name, pretrained, activation)
-    tower = load_tower(model_name, config, trained, fetch_weights(weights, cache_dir)).to(where)
-    size = tower.image_size
+    chosen = pick_precision(precision, where)
+    asked = (model_name, pretrained, activation, chosen, cache_dir)
+    found = from_disk(artifact_dir, *asked) if artifact_dir else None
+    if found is None:
+        loaded = load_model(model_name, pretrained, activation, cache_dir)
+        if not artifact.covered(loaded):
+            return through_open_clip(loaded, where, chosen, may_be_fp32=precision == "auto")
+        made = made_of(loaded, chosen, artifact_dir)
+        found = made, made.tower()
+    return from_artifact(*found, where, preprocess)
+
+# %% ../nbs/04_embed.ipynb #from-artifact
+def from_artifact(
+    found: Artifact,
+    tower: nn.Module,  # its image tower, on the CPU
+    device: torch.device,
+    quality: str,  # exact or fast
+) -> Embedder:
+    """Return the embedder of an artifact."""
+    told = found.manifest
     return Embedder(
-        tower=tower,
-        transform=make_transform(weights.facts, size),
-        model_name=model_name,
-        pretrained=weights.name,
-        activation=trained,
-        dim=config["embed_dim"],
-        image_size=size[0] if isinstance(size, tuple) else size,
-        device=str(where),
+        tower=tower.to(device),
+        transform=None,
+        model_name=told.model_name,
+        pretrained=told.name,
+        activation=told.activation,
+        dim=told.image.dim,
+        image_size=told.image.image_size,
+        device=str(device),
+        precision=told.precision,
+        preparation=told.preparation,
+        quality=quality,
+        space_id=told.space_id,
+        golden=torch.stack([row_of(text) for text in told.golden.image]),
+        artifact=found,
     )
+
+# %% ../nbs/04_embed.ipynb #through-open-clip
+def through_open_clip(
+    loaded: Loaded, device: torch.device, precision: str, may_be_fp32: bool = False
+) -> Embedder:
+    """Return an embedder that runs open_clip's own tower; raise ModelError if it cannot."""
+    preparation, size = artifact.preparation_of(loaded), loaded.tower.image_size
+    embedder = Embedder(
+        tower=loaded.tower.to(device),
+        transform=make_transform(loaded.weights.facts, size),
+        model_name=loaded.model_name,
+        pretrained=loaded.weights.name,
+        activation=loaded.activation,
+        dim=loaded.config["embed_dim"],
+        image_size=size[0] if isinstance(size, tuple) else size,
+        device=str(device),
+        preparation=preparation,
+        space_id=artifact.space_id(loaded),
+    )
+    if not isinstance(preparation.size, int):  # not square: nothing to compare with
+        return replace(embedder, tower=embedder.tower.to(DTYPES[precision]), precision=precision)
+    embedder = replace(embedder, golden=embedder.encode(golden_pixels(preparation.size)))
+    rounded = copy.deepcopy(embedder.tower).to(DTYPES[precision])
+    wanted = replace(embedder, tower=rounded, precision=precision)
+    try:
+        wanted.warm_up()
+        return wanted
+    except (ModelError, InferenceFailed) as problem:
+        if not may_be_fp32:
+            raise ModelError(f"CLIP_PRECISION={precision!r} cannot be: {problem}") from problem
+    log.warning("%s is served in fp32: %s would turn its vectors", loaded.model_name, precision)
+    return embedder
+
+# %% ../nbs/04_embed.ipynb #check-choice
+def check_choice(
+    model_name: str,  # CLIP_MODEL_NAME
+    pretrained: str,  # CLIP_PRETRAINED
+    activation: str = "auto",  # CLIP_ACTIVATION
+    *,
+    device: str = "auto",  # CLIP_DEVICE
+    precision: str = "auto",  # CLIP_PRECISION
+    artifact_dir: str | None = None,  # CLIP_ARTIFACT_DIR
+    cache_dir: str | None = None,
+) -> list[str]:  # a sentence each; empty when a load can be tried
+    """Return what is wrong with the choice of model, without loading it."""
+    try:
+        where = pick_device(device)
+        asked = (model_name, pretrained, activation, pick_precision(precision, where), cache_dir)
+        if artifact_dir and artifact.find(artifact_dir, *asked):
+            return []
+    except ModelError as problem:
+        return [str(problem), *check_model(model_name, pretrained, activation)]
+    return check_model(model_name, pretrained, activation)

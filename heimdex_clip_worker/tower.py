@@ -5,7 +5,7 @@
 # %% ../nbs/03d_tower.ipynb #imports
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import nn
 from .errors import ModelError
 
 # %% auto #0
-__all__ = ['MODEL_KEYS', 'IMAGE_KEYS', 'TEXT_KEYS', 'WITHOUT_EFFECT', 'QUICK', 'DTYPES', 'Shape', 'ImageShape', 'TextShape',
-           'understood', 'image_shape', 'text_shape', 'covers', 'Block', 'Tower', 'VisionTower', 'TextTower',
-           'block_weights', 'image_weights', 'text_weights', 'from_open_clip', 'text_part', 'pick_precision']
+__all__ = ['MODEL_KEYS', 'IMAGE_KEYS', 'TEXT_KEYS', 'WITHOUT_EFFECT', 'QUICK', 'Take', 'DTYPES', 'Shape', 'ImageShape',
+           'TextShape', 'understood', 'image_shape', 'text_shape', 'covers', 'Block', 'Tower', 'VisionTower',
+           'TextTower', 'block_weights', 'outside_of_image', 'outside_of_text', 'from_open_clip', 'pick_precision']
 
 # %% ../nbs/03d_tower.ipynb #shapes
 @dataclass(frozen=True)
@@ -232,10 +232,11 @@ class TextTower(Tower):
 
 # %% ../nbs/03d_tower.ipynb #block-weights
 QUICK = 1.702  # the factor in QuickGELU
+Take = Callable[[str], torch.Tensor]  # open_clip's name -> that weight, float32
 
 
 def block_weights(
-    take: Any,  # name -> the float32 tensor of that name in open_clip's block
+    take: Take,  # by open_clip's names in a block
     shape: Shape,
 ) -> dict[str, torch.Tensor]:  # by the names of `Block`
     """Return the weights of one block."""
@@ -254,7 +255,7 @@ def block_weights(
     return made
 
 # %% ../nbs/03d_tower.ipynb #outer-weights
-def image_weights(take: Any, shape: ImageShape) -> dict[str, torch.Tensor]:
+def outside_of_image(take: Take, shape: ImageShape) -> dict[str, torch.Tensor]:
     """Return an image tower's weights outside its blocks, by the names of `VisionTower`."""
     places = take("positional_embedding")  # (1 + G * G, width)
     made = {"first": take("class_embedding")[None] + places[:1], "places": places[1:].clone()}
@@ -265,7 +266,7 @@ def image_weights(take: Any, shape: ImageShape) -> dict[str, torch.Tensor]:
     return made
 
 
-def text_weights(take: Any, shape: TextShape) -> dict[str, torch.Tensor]:
+def outside_of_text(take: Take, shape: TextShape) -> dict[str, torch.Tensor]:
     """Return a text tower's weights outside its blocks, by the names of `TextTower`."""
     return {
         "tokens.weight": take("token_embedding.weight"),
@@ -287,7 +288,7 @@ def from_open_clip(
         left.discard(name)
         return state[name].float().contiguous()
 
-    outer = image_weights if isinstance(shape, ImageShape) else text_weights
+    outer = outside_of_image if isinstance(shape, ImageShape) else outside_of_text
     try:
         made = outer(take, shape)
         for i in range(shape.layers):
@@ -299,13 +300,6 @@ def from_open_clip(
     if left:
         raise ModelError(f"the weights have {len(left)} too many, {min(left)} for one")
     return made
-
-
-def text_part(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return those weights of a whole CLIP model that are its text tower's; none: {}."""
-    others = ("visual.", "logit_scale", "logit_bias", "attn_mask")
-    found = {n: t for n, t in state.items() if not n.startswith(others)}
-    return found if "token_embedding.weight" in found else {}
 
 # %% ../nbs/03d_tower.ipynb #pick-precision
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

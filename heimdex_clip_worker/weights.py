@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -23,11 +24,12 @@ from torch import nn
 from .errors import ModelError
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'PREPARATION', 'model_config', 'Weights', 'find_file', 'find_tag', 'file_facts', 'read_config',
-           'in_one_line', 'has_choice', 'is_torchscript', 'openai_digests', 'check_archive', 'evidence',
-           'file_evidence', 'read_metadata', 'unreadable', 'choose_activation', 'or_another_name', 'plan',
-           'check_model', 'read_weights', 'cached_weights', 'fetch_weights', 'build_tower', 'built_activation',
-           'image_weights', 'misfit', 'load_tower']
+__all__ = ['SUFFIXES', 'PREPARATION', 'NOT_OF_THE_TEXT', 'model_config', 'Weights', 'is_tag', 'find_file', 'find_tag',
+           'file_facts', 'read_config', 'in_one_line', 'has_choice', 'is_torchscript', 'openai_digests', 'file_digest',
+           'check_archive', 'evidence', 'file_evidence', 'read_metadata', 'unreadable', 'choose_activation',
+           'or_another_name', 'plan', 'check_model', 'read_weights', 'cached_weights', 'fetch_weights', 'build_tower',
+           'build_text_tower', 'built_activation', 'image_weights', 'text_weights', 'misfit', 'fill', 'load_tower',
+           'Loaded', 'file_state', 'load_model']
 
 # %% ../nbs/03b_weights.ipynb #model-config
 def model_config(model_name: str) -> dict[str, Any]:
@@ -58,9 +60,14 @@ class Weights:
         return f"CLIP_PRETRAINED={str(self.path or self.name)!r}"
 
 # %% ../nbs/03b_weights.ipynb #find-file
+def is_tag(pretrained: str) -> bool:
+    """Tell whether weights are named by a tag, and not by a path."""
+    return not {"/", "\\", "."} & set(pretrained)
+
+
 def find_file(pretrained: str) -> Path | None:  # None: it is a tag
     """Return the path if `pretrained` is one; raise ModelError if it cannot be used."""
-    if not {"/", "\\", "."} & set(pretrained):
+    if is_tag(pretrained):
         return None
     path = Path(pretrained)
     if path.suffix not in SUFFIXES:
@@ -142,13 +149,18 @@ def openai_digests() -> set[str]:
     return {open_clip.get_pretrained_url(model, "openai").split("/")[-2] for model in models}
 
 # %% ../nbs/03b_weights.ipynb #check-archive
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
 def check_archive(path: Path) -> None:
     """Raise ModelError unless a TorchScript archive is one of OpenAI's own."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() not in openai_digests():
+    if file_digest(path) not in openai_digests():
         raise ModelError(
             f"CLIP_PRETRAINED={str(path)!r} is a TorchScript archive, which runs code when loaded, "
             "and none of OpenAI's own; save its state_dict as .safetensors"
@@ -337,7 +349,7 @@ def fetch_weights(
 
 # %% ../nbs/03b_weights.ipynb #build-tower
 def build_tower(config: Mapping[str, Any], activation: str) -> nn.Module:
-    """Return the image tower of a model, still without its weights."""
+    """Return open_clip's image tower of a model, still without its weights."""
     from open_clip.model import _build_vision_tower
 
     vision = dict(config["vision_cfg"])
@@ -346,6 +358,19 @@ def build_tower(config: Mapping[str, Any], activation: str) -> nn.Module:
         vision["timm_model_pretrained"] = False  # some compute buffers, so no meta
     with nullcontext() if timm else torch.device("meta"):
         return _build_vision_tower(config["embed_dim"], vision, activation == "quickgelu")
+
+
+def build_text_tower(config: Mapping[str, Any], activation: str) -> nn.Module:
+    """Return open_clip's text tower of a model, still without its weights."""
+    from open_clip.model import _build_text_tower
+
+    with torch.device("meta"):
+        tower = _build_text_tower(
+            config["embed_dim"], dict(config["text_cfg"]), activation == "quickgelu"
+        )
+    if tower.attn_mask is not None:
+        tower.attn_mask = tower.build_causal_mask()
+    return tower
 
 # %% ../nbs/03b_weights.ipynb #built-activation
 def built_activation(tower: nn.Module) -> str:
@@ -363,6 +388,18 @@ def image_weights(weights: dict[str, torch.Tensor], tower: nn.Module) -> dict[st
     weights = convert_state_dict(SimpleNamespace(visual=tower), weights)  # Apple's own names
     return {n.removeprefix("visual."): t for n, t in weights.items() if n.startswith("visual.")}
 
+# %% ../nbs/03b_weights.ipynb #text-weights
+NOT_OF_THE_TEXT = (
+    "visual.", "logit_scale", "logit_bias", "attn_mask",
+    "input_resolution", "context_length", "vocab_size",  # in OpenAI's own archives
+)  # fmt: skip
+
+
+def text_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of the text tower alone, in the tower's own names; {} without one."""
+    apart = {n.removeprefix("text."): t for n, t in weights.items() if n.startswith("text.")}
+    return apart or {n: t for n, t in weights.items() if not n.startswith(NOT_OF_THE_TEXT)}
+
 # %% ../nbs/03b_weights.ipynb #misfit
 def misfit(
     needed: Mapping[str, torch.Tensor],  # the tower's
@@ -375,26 +412,77 @@ def misfit(
     kinds = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     return ", ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names)
 
+# %% ../nbs/03b_weights.ipynb #fill
+def fill(
+    tower: nn.Module,  # on meta, or with weights that do not matter
+    weights: Mapping[str, torch.Tensor],  # in the tower's own names
+    refusal: str,  # how the ModelError begins
+) -> nn.Module:  # the same one: float32, on the CPU, in evaluation mode
+    """Put weights into a tower; raise ModelError unless every one fits and none is left over."""
+    problem = misfit(tower.state_dict(), weights)
+    if problem:
+        raise ModelError(f"{refusal}: {problem}")
+    copies = {
+        n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)  # the file may go
+        for n, t in weights.items()
+    }
+    tower.load_state_dict(copies, strict=True, assign=True)
+    return tower.eval().requires_grad_(False)
+
 # %% ../nbs/03b_weights.ipynb #load-tower
 def load_tower(
     model_name: str,
     config: Mapping[str, Any],  # of the model
     activation: str,  # gelu, quickgelu or fixed
     path: Path,  # the checkpoint
+    found: dict[str, torch.Tensor] | None = None,  # what is in it, if that has been read
 ) -> nn.Module:  # float32, on the CPU, in evaluation mode
     """Return the image tower with the weights in a file; raise ModelError if they do not fit."""
     tower = build_tower(config, activation)
-    weights = image_weights(read_weights(path), tower)
-    problem = misfit(tower.state_dict(), weights)
-    if problem:
-        raise ModelError(
-            f"CLIP_PRETRAINED={str(path)!r} does not fit the image tower of {model_name}: {problem}"
-        )
-    copies = {
-        n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)  # the file may go
-        for n, t in weights.items()
-    }
-    tower.load_state_dict(copies, strict=True, assign=True)
+    weights = image_weights(read_weights(path) if found is None else found, tower)
+    refusal = f"CLIP_PRETRAINED={str(path)!r} does not fit the image tower of {model_name}"
+    fill(tower, weights, refusal)
     if activation != "fixed" and built_activation(tower) != activation:
         raise ModelError(f"CLIP_MODEL_NAME={model_name!r} was not built with {activation}")
-    return tower.eval().requires_grad_(False)
+    return tower
+
+# %% ../nbs/03b_weights.ipynb #loaded
+@dataclass(frozen=True)
+class Loaded:
+    """An image tower of open_clip's with the weights that were asked for, and their story."""
+
+    model_name: str
+    pretrained: str  # CLIP_PRETRAINED as written
+    asked: str  # CLIP_ACTIVATION as written
+    config: Mapping[str, Any]  # open_clip's description of the model
+    weights: Weights
+    activation: str  # gelu, quickgelu or fixed
+    path: Path  # the file they were read from
+    state: tuple[int, ...]  # of that file, see `file_state`
+    found: dict[str, torch.Tensor]  # everything in it, by name
+    tower: nn.Module  # float32, on the CPU
+
+
+def file_state(path: Path) -> tuple[int, int, int, int]:  # size, mtime_ns, ctime_ns, inode
+    """Return what changes when a file is replaced or written to; raise OSError."""
+    now = os.stat(path)
+    return now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
+
+# %% ../nbs/03b_weights.ipynb #load-model
+def load_model(
+    model_name: str,  # CLIP_MODEL_NAME
+    pretrained: str,  # CLIP_PRETRAINED: a tag or a path
+    activation: str = "auto",  # CLIP_ACTIVATION
+    cache_dir: str | None = None,  # of the hub library; None: its own choice (HF_HOME)
+) -> Loaded:
+    """Return the image tower that was asked for; raise ModelError rather than another."""
+    config, weights, trained = plan(model_name, pretrained, activation)
+    path = fetch_weights(weights, cache_dir)
+    try:
+        state = file_state(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    found = read_weights(path)
+    tower = load_tower(model_name, config, trained, path, found)
+    asked = (model_name, pretrained, activation)
+    return Loaded(*asked, config, weights, trained, path, state, found, tower)

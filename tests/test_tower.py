@@ -18,9 +18,9 @@ from heimdex_clip_worker.tower import (
     from_open_clip,
     image_shape,
     pick_precision,
-    text_part,
     text_shape,
 )
+from heimdex_clip_worker.weights import text_weights
 
 END = 49_407  # the end-of-text token of CLIP's tokenizer, its highest number
 
@@ -73,7 +73,7 @@ def test_both_towers_equal_open_clips(name, activation):
     shape, words = image_shape(config, activation), text_shape(config, activation)
     seen = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
     image = VisionTower.load(shape, from_open_clip(seen, shape))
-    text = TextTower.load(words, from_open_clip(text_part(state), words))
+    text = TextTower.load(words, from_open_clip(text_weights(state), words))
     pixels, tokens = torch.randn(3, 3, shape.image_size, shape.image_size), texts(3, 77)
     with torch.inference_mode():
         pairs = [
@@ -88,7 +88,7 @@ def test_both_towers_equal_open_clips(name, activation):
 def test_a_text_alone_and_beside_a_longer_one_has_the_same_row():
     config = CONFIGS["small, odd ratio, patch dropout"]
     shape = text_shape(config, "gelu")
-    state = text_part(references(config, "gelu").state_dict())
+    state = text_weights(references(config, "gelu").state_dict())
     text, tokens = TextTower.load(shape, from_open_clip(state, shape)), texts(4, 77)
     together = text(tokens)
     assert all(torch.allclose(text(tokens[i : i + 1])[0], together[i], atol=1e-5) for i in range(4))
@@ -152,7 +152,7 @@ def test_every_covered_architecture_is_one_of_open_clips_own_transformers():
             seen = {n[7:]: t for n, t in state.items() if n.startswith("visual.")}
             image, text = image_shape(config, "gelu"), text_shape(config, "gelu")
             VisionTower.load(image, from_open_clip(seen, image))
-            TextTower.load(text, from_open_clip(text_part(state), text))
+            TextTower.load(text, from_open_clip(text_weights(state), text))
         counted += 1
     assert counted > 25
 

@@ -15,7 +15,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,7 @@ class Bench:
     plan: Plan
     only: set[str]
     callers: Callers
+    env: dict[str, str] = field(default_factory=dict)  # more of it, for both workers
     seen: Seen = field(default_factory=Seen)
     seen_pixels: Seen = field(default_factory=lambda: Seen(LEAST_COSINE_OF_PIXELS))
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -116,7 +117,10 @@ class Bench:
     async def production(self) -> None:
         """Measure what needs both workers under the production loop, side by side."""
         self.say("starting both workers under the production loop")
-        with workers.production(PLAIN) as plain, workers.production(OURS) as ours:
+        with (
+            workers.production(PLAIN, **self.env) as plain,
+            workers.production(OURS, **self.env) as ours,
+        ):
             await self.ready(plain, ours)
             loads = self.wanted(LOADS) or (["singles"] if "memory" in self.only else [])
             for number in range(self.plan.rounds if loads else 0):
@@ -140,11 +144,10 @@ class Bench:
         """Measure one round of one load; the other worker idles meanwhile."""
         load, plan = LOADS[name], self.plan
         jobs = plan.single_jobs if load.images == 1 else plan.batch_jobs
-        common = {"callers": load.callers, "delay_ms": load.delay_ms}
         with PeakMemory(plain) as plain_memory:
-            other = await self.drive(plain, jobs=plan.plain_jobs, **common)
+            other = await self.drive(plain, self.seen, load, plan.plain_jobs)
         with PeakMemory(ours) as our_memory:
-            mine = await self.drive(ours, jobs=jobs, images=load.images, **common)
+            mine = await self.drive(ours, self.seen, load, jobs)
         note = f"a round: plain {plan.plain_jobs} jobs, ours {jobs} of {load.images}"
         self.figure(name, note).add(other.rate, mine.rate)
         self.say(f"round {number + 1}, {name}: plain {other.rate:.2f}, ours {mine.rate:.1f} /s")
@@ -153,10 +156,13 @@ class Bench:
             self.keep_curve(OURS, load.callers, mine)
         return plain_memory.peak, our_memory.peak
 
-    async def drive(self, worker: Worker, **load: int) -> Run:
-        """Run a load once the machine is quiet again."""
+    async def drive(self, worker: Worker, seen: Seen, load: Load, jobs: int) -> Run:
+        """Run a load once the machine is quiet again; plain gets one image in each job."""
         await asyncio.sleep(0.3)
-        return await self.callers.drive(worker, self.seen, **load)
+        images = load.images if worker.kind == OURS else 1
+        return await self.callers.drive(
+            worker, seen, jobs=jobs, callers=load.callers, images=images, delay_ms=load.delay_ms
+        )
 
     def keep_curve(self, kind: str, callers: int, run: Run) -> None:
         """Keep a run for the plots."""
@@ -179,9 +185,8 @@ class Bench:
             figure.add(*took)
         for kind, found in ((PLAIN, figure.other), (OURS, figure.ours)):
             self.curves[f"{kind}-lone"] = list(found)
-        self.say(
-            f"lone: plain {figure.middle(figure.other):.3f}, ours {figure.middle(figure.ours):.3f} s"
-        )
+        middles = [figure.middle(found) for found in (figure.other, figure.ours)]
+        self.say("lone: plain {:.3f}, ours {:.3f} s".format(*middles))
 
     async def json(self, ours: Worker) -> None:
         """Count the bytes of 32 vectors in both encodings, in answers as they are sent."""
@@ -197,9 +202,8 @@ class Bench:
         self.say("fewer callers, for the plots")
         for worker, points in ((plain, self.plan.plain_sweep), (ours, self.plan.sweep)):
             for callers, jobs in points:
-                self.keep_curve(
-                    worker.kind, callers, await self.drive(worker, jobs=jobs, callers=callers)
-                )
+                run = await self.drive(worker, self.seen, Load(callers, 1, 0), jobs)
+                self.keep_curve(worker.kind, callers, run)
 
     # --- the rest --------------------------------------------------------------
 
@@ -216,21 +220,15 @@ class Bench:
             for number in range(plan.rounds):
                 for name in names:
                     load = STANDIN_LOADS[name]
-                    plain_jobs = plan.standin_jobs[2 if load.delay_ms else 0]
-                    counts = {plain: plain_jobs, ours: plan.standin_jobs[1]}
-                    rates = []
-                    for worker, jobs in counts.items():
-                        await asyncio.sleep(0.3)
-                        common = {"callers": load.callers, "delay_ms": load.delay_ms}
-                        run = await self.callers.drive(
-                            worker, self.seen_pixels, jobs=jobs, **common
-                        )
-                        rates.append(run.rate)
-                    note = f"a round: plain {plain_jobs} images, ours {plan.standin_jobs[1]}"
-                    self.figure(name, f"{note}; the model is a sleep of 3 ms a batch").add(*rates)
-                    self.say(
-                        f"round {number + 1}, {name}: plain {rates[0]:.1f}, ours {rates[1]:.1f} /s"
-                    )
+                    jobs = plan.standin_jobs[2 if load.delay_ms else 0], plan.standin_jobs[1]
+                    other, mine = [
+                        await self.drive(worker, self.seen_pixels, load, count)
+                        for worker, count in zip((plain, ours), jobs, strict=True)
+                    ]
+                    note = "the model is a sleep of 3 ms a batch; a round: plain {}, ours {} images"
+                    self.figure(name, note.format(*jobs)).add(other.rate, mine.rate)
+                    rates = f"plain {other.rate:.1f}, ours {mine.rate:.1f} /s"
+                    self.say(f"round {number + 1}, {name}: {rates}")
             for worker in (plain, ours):
                 await self.callers.complete(worker, self.seen_pixels)
 
@@ -241,10 +239,8 @@ class Bench:
         for number in range(warm, self.plan.rounds):
             took = []
             for kind in (PLAIN, OURS):
-                begun = time.perf_counter()
-                with workers.production(kind) as worker:
-                    started = time.perf_counter() - begun  # of the process, not of the platform
-                    took.append(started + await self.callers.first(worker, self.seen))
+                with workers.production(kind, **self.env) as worker:
+                    took.append(await self.callers.first(worker, self.seen))
             if number != warm:
                 figure.add(*took)
                 self.say(f"round {number + 1}, start: plain {took[0]:.2f}, ours {took[1]:.2f} s")
@@ -255,10 +251,7 @@ class Bench:
             self.say(name)
             found = await kernel(name, rounds=self.plan.kernel_rounds)
             unit = 1e9 if name == "encode" else 1
-            note = (
-                f"{found['dtype']}, {found['threads']} threads" if name == "encode" else "1 thread"
-            )
-            figure = self.figure(name, note)
+            figure = self.figure(name, found["note"])
             for pair in zip(found["other"], found["ours"], strict=True):
                 figure.add(*(value / unit for value in pair))
 
@@ -302,15 +295,20 @@ async def kernel(name: str, rounds: int) -> dict:
     return json.loads(out)
 
 
-async def measure(plan: Plan, only: set[str]) -> Bench:
-    """Run the benchmark and return what it found."""
+@contextlib.asynccontextmanager
+async def prepared(plan: Plan, only: Iterable[str], **env: str) -> AsyncIterator[Bench]:
+    """Yield a run that has its photographs, their server and its callers."""
     names = [path.name for path in photos.pool(plan.blocks)]
-    timeout = aiohttp.ClientTimeout(total=None)
-    connector = aiohttp.TCPConnector(limit=0)
+    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
     with Origin() as origin:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            bench = Bench(plan, only, Callers(session, origin.url, names))
-            await bench.all()
+            yield Bench(plan, {*only}, Callers(session, origin.url, names), env)
+
+
+async def measure(plan: Plan, only: Iterable[str]) -> Bench:
+    """Run the benchmark and return what it found."""
+    async with prepared(plan, only) as bench:
+        await bench.all()
     return bench
 
 
@@ -360,7 +358,7 @@ def main() -> None:
         gpu.main(given.device, given.quick, given.out)
         return
     try:
-        bench = asyncio.run(measure(QUICK if given.quick else Plan(), set(given.only or GOALS)))
+        bench = asyncio.run(measure(QUICK if given.quick else Plan(), given.only or GOALS))
         results = bench.results()
     except BenchmarkFailed as failure:
         raise SystemExit(f"\nTHE BENCHMARK FAILED, there are no figures: {failure}") from None
@@ -378,5 +376,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

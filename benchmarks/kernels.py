@@ -42,29 +42,31 @@ def flop(
     return stem + layers * block + 2 * width * dim
 
 
-def seconds(
-    call: Callable[[], object], repeats: int, wait: Callable[[], None] = lambda: None
-) -> float:
-    """Return the median time of a call, after one that is not counted."""
+def seconds(call: Callable[[], object], repeats: int) -> list[float]:
+    """Return how long each call took, after one that is not counted; sorted."""
     call()
     times = []
     for _ in range(repeats):
-        wait()
         start = time.perf_counter()
         call()
-        wait()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return sorted(times)
 
 
-def gemm(dtype: torch.dtype, repeats: int = 3) -> float:  # FLOP/s
-    """Return the best rate at which this machine multiplies matrices of a type."""
+def gemm(dtype: torch.dtype, device: str = "cpu", repeats: int = 3) -> float:  # FLOP/s
+    """Return the best rate at which a device multiplies matrices of a type."""
     best = 0.0
-    for m, k, n in GEMMS:
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-        with torch.inference_mode():
-            took = seconds(lambda a=a, b=b: a @ b, repeats)
-        best = max(best, 2 * m * k * n / took)
+    for m, k, n in GEMMS + ((8192, 8192, 8192),) * (device != "cpu"):
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+
+        def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            with torch.inference_mode():
+                a @ b
+            if a.is_cuda:
+                torch.cuda.synchronize()
+
+        times = seconds(multiply, repeats)
+        best = max(best, 2 * m * k * n / times[0])
     return best
 
 
@@ -73,18 +75,22 @@ def weights_dtype(embedder: Embedder) -> torch.dtype:
     return next(p.dtype for p in embedder.tower.parameters() if p.dim() == 2)
 
 
+def batch_of(embedder: Embedder, size: int) -> torch.Tensor:  # (size, 3, S, S)
+    """Return a photograph `size` times, prepared as the worker would."""
+    data = photos.make("native", 0).read_bytes()
+    return torch.stack([embedder.preprocess(decode(data, PixelLimits()))] * size)
+
+
 def encode(rounds: int, batch: int = 32) -> dict:
     """Return rounds of FLOP/s, a matrix multiplication's and the encoder's, in turn."""
     embedder = load()
     dtype = weights_dtype(embedder)
-    path = photos.make("native", 0)
-    one = embedder.preprocess(decode(path.read_bytes(), PixelLimits()))
-    pixels = torch.stack([one] * batch)
-    found: dict = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    found |= {"other": [], "ours": []}
+    pixels = batch_of(embedder, batch)
+    note = f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    found: dict = {"note": note, "other": [], "ours": []}
     for _ in range(rounds):
         found["other"].append(gemm(dtype))
-        took = seconds(lambda: embedder.encode(pixels), 5)
+        took = statistics.median(seconds(lambda: embedder.encode(pixels), 5))
         found["ours"].append(batch * flop() / took)
     return found
 
@@ -106,10 +112,11 @@ def preprocess(rounds: int, kind: str, count: int = 4) -> dict:
         for data in files:
             work.pixels(data)
 
-    found: dict = {"other": [], "ours": []}
+    note = f"{count} photographs, 1 thread"
+    found: dict = {"note": note, "other": [], "ours": []}
     for _ in range(rounds):
-        found["other"].append(count / seconds(plain, 2))
-        found["ours"].append(count / seconds(ours, 2))
+        found["other"].append(count / statistics.median(seconds(plain, 3)))
+        found["ours"].append(count / statistics.median(seconds(ours, 3)))
     return found
 
 

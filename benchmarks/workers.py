@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Worker:
     kind: str  # plain or ours
     url: str  # jobs are posted to its /runsync
     process: WorkerProcess
+    started: float  # time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -45,12 +47,10 @@ def environment(**more: str) -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def production(kind: str, *command: str, **more: str) -> Iterator[Worker]:
     """Run a worker under the SDK's production loop, as deployed."""
-    with (
-        PlatformServer() as platform,
-        environment(**platform.worker_env(), **more) as env,
-        WorkerProcess(env, *(command or DEPLOYED[kind])) as process,
-    ):
-        yield Worker(kind, platform.url, process)
+    with PlatformServer() as platform, environment(**platform.worker_env(), **more) as env:
+        started = time.perf_counter()
+        with WorkerProcess(env, *(command or DEPLOYED[kind])) as process:
+            yield Worker(kind, platform.url, process, started)
 
 
 @contextlib.contextmanager
@@ -58,11 +58,10 @@ def local(kind: str, *command: str, **more: str) -> Iterator[Worker]:
     """Run a worker under the SDK's local server."""
     port = free_port()
     flags = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
-    with (
-        environment(**more) as env,
-        WorkerProcess(env, *(command or DEPLOYED[kind]), *flags) as process,
-    ):
-        yield Worker(kind, f"http://127.0.0.1:{port}", process)
+    with environment(**more) as env:
+        started = time.perf_counter()
+        with WorkerProcess(env, *(command or DEPLOYED[kind]), *flags) as process:
+            yield Worker(kind, f"http://127.0.0.1:{port}", process, started)
 
 
 def memory(pid: int) -> int:  # bytes

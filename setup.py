@@ -45,7 +45,10 @@ setup(
     install_requires=lines("requirements"),
     extras_require={
         "worker": lines("worker_requirements"),
-        "dev": lines("worker_requirements") + lines("dev_requirements"),
+        "backfill": lines("backfill_requirements"),
+        "dev": lines("worker_requirements")
+        + lines("backfill_requirements")
+        + lines("dev_requirements"),
     },
     entry_points={"console_scripts": lines("console_scripts")},
     cmdclass={"build_py": BuildPy},

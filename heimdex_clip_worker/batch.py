@@ -22,6 +22,7 @@ from .decode import PixelLimits, decode
 from .download import Fetcher, Limits, Policy
 from .embed import Embedder, to_vectors
 from .errors import InferenceFailed, InvalidRequest, StartError
+from .preprocess import one_torch_thread
 
 # %% auto #0
 __all__ = ['Waiting', 'Downloads', 'Hold', 'Budget', 'in_thread', 'settle', 'Batcher', 'usable_cpus', 'Vector', 'Texts',
@@ -256,8 +257,8 @@ class Computing:
     def pixels(self, data: bytes) -> tuple[tuple[int, int], torch.Tensor, float]:
         """Return an image's size, its pixels as the model wants them, and the seconds it took."""
         start = time.perf_counter()
-        image = decode(data, self.limits)
-        size = image.size
+        image = decode(data, self.limits, at_least=self.embedder.at_least)
+        size = image.info["size"]
         return size, self.embedder.preprocess(image), time.perf_counter() - start
 
     def tokens(self, text: str) -> tuple[torch.Tensor, bool]:
@@ -297,8 +298,11 @@ class Pipeline:
         self.embedder, self.downloads = embedder, downloads
         self.budget, self.texts = Budget(max_bytes_in_flight), Texts(load_text)
         self.computing = Computing(embedder, limits, self.texts)
-        pools = {"decode": decode_workers, "text": 1, "model": 1}
-        self.pools = {name: ThreadPoolExecutor(count, name) for name, count in pools.items()}
+        self.pools = {
+            "decode": ThreadPoolExecutor(decode_workers, "decode", one_torch_thread),
+            "text": ThreadPoolExecutor(1, "text", one_torch_thread),
+            "model": ThreadPoolExecutor(1, "model"),
+        }
         model = partial(Batcher, pool=self.pools["model"], max_batch=max_batch)
         self.images = model(self.computing.image_vectors)
         self.sentences = model(self.computing.text_vectors)

@@ -199,7 +199,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.frombytes("L", image.size, image.tobytes(), "raw", "L;16")
     return image if image.mode == "RGB" else image.convert("RGB")
 
-# %% ../nbs/03a_decode.ipynb #decode
+# %% ../nbs/03a_decode.ipynb #open
 _DAMAGE = (
     OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, AssertionError,
     Warning, LookupError, ArithmeticError, EOFError, MemoryError, struct.error, zlib.error,
@@ -224,18 +224,25 @@ def _open(data: bytes, limits: PixelLimits) -> Image.Image:
     _check_size(image.size, limits, cost=COSTLY.get(name, cost), scans=scans)
     return image
 
-
+# %% ../nbs/03a_decode.ipynb #decode
 def decode(
     data: bytes,  # a whole image file
     limits: PixelLimits,
-) -> Image.Image:  # 8-bit RGB, fully loaded, the first frame
+    *,
+    at_least: int | None = None,  # pixels that a JPEG's short side must keep; None: all of them
+) -> Image.Image:  # 8-bit RGB, fully loaded, the first frame; its info is {"size": as in the file}
     """Return the image in `data`; raise UnsupportedFormat, ImageLimits or DecodeFailed."""
     try:
         image = _open(data, limits)
+        size = image.size
+        if at_least and image.format == "JPEG":
+            image.draft(image.mode, (at_least, at_least))
         image.load()
         if hasattr(image, "_decoder"):  # WebP's and AVIF's keep their canvases
             image._decoder = None
-        return _to_rgb(image)
+        image = _to_rgb(image)
+        image.info = {"size": size}
+        return image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageLimits(detail="more pixels than Pillow itself allows") from error
     except _DAMAGE as error:

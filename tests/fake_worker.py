@@ -20,7 +20,7 @@ from heimdex_clip_worker.embed import Embedder
 class FakeEmbedder(Embedder):
     """The real one but for its weights: its load, its preprocessing and its forward pass."""
 
-    space_id = "fa4e000000000000"
+    space_id, at_least = "fa4e000000000000", None
 
     @classmethod
     def load(cls, model_name: str, *args: Any, **kwargs: Any) -> FakeEmbedder:

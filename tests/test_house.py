@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "artifact": {"errors", "weights", "tower", "preprocess"},
     "embed": {"errors", "weights", "tower", "artifact", "preprocess"},
     "text": {"errors", "weights", "tower", "artifact", "embed"},
-    "batch": {"errors", "download", "decode", "embed", "text"},
+    "batch": {"errors", "download", "decode", "preprocess", "embed"},
     "handler": {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
         "embed", "text", "batch",

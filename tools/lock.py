@@ -67,7 +67,7 @@ def main() -> None:
     blocks = compile_lock(wanted("requirements", "worker_requirements", "build_requirements"))
     write(image, blocks, "What the image installs.")
     have = {pin(block) for block in blocks}
-    more = compile_lock(wanted("dev_requirements"), constraint=image)
+    more = compile_lock(wanted("backfill_requirements", "dev_requirements"), constraint=image)
     more = [block for block in more if not {pin(block), pin(block).split(" ;")[0]} & have]
     write(dev, more, "What notebooks and tests need besides.", first="-r requirements.txt\n")
 

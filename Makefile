@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz guards lint lab export readme lock clean
+.PHONY: help demo test soak fuzz guards bench lint lab export readme lock clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -26,6 +26,9 @@ fuzz: .venv/.dev ## decode a million mutated images; only declared errors may co
 
 guards: .venv/.dev ## take each guard out in turn and see which test notices
 	@$(BIN)/python tests/hostile/remove_guards.py $(ARGS)
+
+bench: .venv/.dev ## measure against a plain worker (about 5 minutes)
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 lint: .venv/.dev ## check the code, in notebooks too, with ruff
 	@$(BIN)/ruff check .

@@ -1,0 +1,54 @@
+"""A worker whose model is a sleep: `python -m benchmarks.standin_worker plain|ours`, then flags.
+
+Stands in for an accelerator that is so fast that everything around the model decides. Both workers
+are otherwise what they are; both sleep as long for a batch, and plain has one image in each. The
+"vector" is 512 of the pixels that would have gone into the model, so answers can still be compared.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+SLEEP_S = 0.003  # a batch, whatever its size
+DIM = 512
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+
+
+def sampled(pixels):  # (N, 3, S, S) uint8, or float32 as open_clip prepares it -> (N, 512) float32
+    """Sleep as a batch takes, and return some of its pixels."""
+    import torch
+
+    time.sleep(SLEEP_S)
+    flat = pixels.reshape(len(pixels), -1)
+    at = torch.arange(DIM) * (flat.shape[1] // DIM)  # spread over the three colours
+    values, colour = flat[:, at].float(), at // (flat.shape[1] // 3)
+    if pixels.dtype == torch.uint8:
+        values = (values / 255 - torch.tensor(MEAN)[colour]) / torch.tensor(STD)[colour]
+    return values
+
+
+def plain() -> None:
+    """Run the plain worker with the sleep for a model."""
+    from types import SimpleNamespace
+
+    import open_clip
+
+    from benchmarks import plain_worker
+
+    preprocess = open_clip.image_transform(224, is_train=False, mean=MEAN, std=STD)
+    plain_worker.load = lambda: (SimpleNamespace(encode_image=sampled), preprocess)
+    plain_worker.main()
+
+
+def ours() -> None:
+    """Run this repository's worker with the sleep for a model."""
+    from heimdex_clip_worker import handler
+    from heimdex_clip_worker.embed import Embedder
+
+    Embedder.encode = lambda self, pixels: sampled(pixels)
+    handler.main()
+
+
+if __name__ == "__main__":
+    {"plain": plain, "ours": ours}[sys.argv.pop(1)]()

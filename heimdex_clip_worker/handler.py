@@ -43,7 +43,7 @@ from heimdex_clip_worker.contract import (
 )
 from .decode import PixelLimits
 from .download import Limits, Policy
-from .embed import Embedder
+from .embed import Embedder, check_choice
 from heimdex_clip_worker.errors import (
     InferenceFailed,
     InternalError,
@@ -53,7 +53,6 @@ from heimdex_clip_worker.errors import (
 )
 from .settings import Settings, from_environ
 from .text import TextEmbedder
-from .weights import check_model
 
 log = logging.getLogger("heimdex_clip_worker")
 
@@ -305,8 +304,12 @@ def stop_taking_jobs() -> None:
 
 def model_problems(values: dict[str, Any]) -> list[str]:
     """Return what is wrong with the model's name and weights, among the settings read so far."""
-    names = [values.get(key) for key in ("model_name", "pretrained", "activation")]
-    return check_model(*names) if all(names) else []
+    needed = ("model_name", "pretrained", "activation")
+    if not all(values.get(name) for name in needed):
+        return []
+    more = ("device", "precision", "artifact_dir")
+    options = {name: values[name] for name in more if name in values}
+    return check_choice(*[values[name] for name in needed], **options)
 
 # %% ../nbs/06_handler.ipynb #set-up-logging
 def set_up_logging(level: str) -> None:

@@ -20,13 +20,14 @@ from heimdex_clip_worker.embed import Embedder
 class FakeEmbedder(Embedder):
     """The real one but for its weights: its load, its preprocessing and its forward pass."""
 
-    space_id, at_least = "fa4e000000000000", None
+    at_least = None
 
     @classmethod
     def load(cls, model_name: str, *args: Any, **kwargs: Any) -> FakeEmbedder:
         return cls(
             tower=torch.nn.Identity(),
             transform=mean_and_size,
+            space_id="fa4e000000000000",
             model_name=model_name,
             pretrained="fake",
             activation="quickgelu",
@@ -71,7 +72,7 @@ def mean_and_size(image: Image.Image) -> torch.Tensor:
 def main() -> None:
     """Run the handler's own `main` over the fake."""
     handler.Embedder, handler.TextEmbedder = FakeEmbedder, FakeText
-    handler.check_model = lambda *names: []
+    handler.check_choice = lambda *names, **options: []
     handler.main()
 
 

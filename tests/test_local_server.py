@@ -67,6 +67,7 @@ def test_a_request_signed_by_openssl_is_answered(ask: Ask, photos: PhotoServer):
     assert said["status"] == "COMPLETED", said
     output = said["output"]
     embedding, timings = output.pop("embedding"), output.pop("timings")
+    assert re.fullmatch("[0-9a-f]{16}", output.pop("space_id"))
     assert output == {
         "request_id": "scene-abc-123",
         "dim": 512,

@@ -112,6 +112,7 @@ def test_an_image_is_answered_as_the_contract_says(real, photos):
     assert (job["status"], job["workerId"]) == ("COMPLETED", WORKER), job
     output = job["output"]
     embedding, timings = output.pop("embedding"), output.pop("timings")
+    assert re.fullmatch("[0-9a-f]{16}", output.pop("space_id"))
     assert output == {
         "request_id": "scene-abc-123",
         "dim": 512,

@@ -33,6 +33,11 @@ def pin(block: str) -> str:
     return block.splitlines()[0].rstrip("\\ ")
 
 
+def plain(block: str) -> str:
+    """Return `name==version`, without its extras and its marker."""
+    return re.sub(r"\[.*?\]", "", pin(block).split(" ;")[0])
+
+
 def elsewhere(block: str) -> bool:
     """Tell whether a pin is only for systems or interpreters other than CPython on Linux."""
     return " ; " in pin(block) and block.split("==")[0] in ELSEWHERE
@@ -45,6 +50,8 @@ def compile_lock(
     """Resolve `requirements` and return one block of text per pinned distribution."""
     command = ["uv", "pip", "compile", "-", "--universal", "--generate-hashes", "--no-annotate"]
     command += ["--python-version", wanted("min_python"), "--no-header", "--quiet", "--no-config"]
+    # Without its extras pinned too, pip 23 takes the newest version for `name[extra]`, and stops.
+    command += ["--no-strip-extras"]
     if constraint:
         command += ["--constraint", str(constraint)]
     done = subprocess.run(
@@ -66,7 +73,7 @@ def main() -> None:
     image, dev = ROOT / "requirements.txt", ROOT / "requirements-dev.txt"
     blocks = compile_lock(wanted("requirements", "worker_requirements", "build_requirements"))
     write(image, blocks, "What the image installs.")
-    have = {pin(block) for block in blocks}
+    have = {pin(block) for block in blocks} | {plain(block) for block in blocks}
     more = compile_lock(wanted("backfill_requirements", "dev_requirements"), constraint=image)
     more = [block for block in more if not {pin(block), pin(block).split(" ;")[0]} & have]
     write(dev, more, "What notebooks and tests need besides.", first="-r requirements.txt\n")

@@ -14,8 +14,8 @@ from .errors import DecodeFailed, ImageLimits
 # %% auto #0
 __all__ = ['MAX_BOXES', 'MAX_TABLE', 'ALPHA', 'KEPT', 'DROPPED', 'MAX_UNITS', 'MAX_HEADER', 'SEQUENCE', 'FRAMES', 'KEY', 'SWITCH',
            'Part', 'MAX_CELLS', 'Reader', 'boxes', 'table', 'Item', 'read_kinds', 'read_places', 'read_properties',
-           'read_references', 'read_items', 'units', 'Sequence', 'read_sequence', 'overrides_size', 'coded_pixels',
-           'Source', 'cells_of', 'gather', 'still']
+           'read_references', 'read_items', 'units', 'Sequence', 'read_sequence', 'overrides_size', 'frame_pixels',
+           'coded_pixels', 'Source', 'cells_of', 'gather', 'still']
 
 # %% ../nbs/02b_avif.ipynb #reader
 class Reader:
@@ -46,7 +46,7 @@ class Reader:
 
 # %% ../nbs/02b_avif.ipynb #boxes
 MAX_BOXES = 20_000  # side by side
-MAX_TABLE = 65_536  # bytes; of a table of items: a grid of 256 cells takes 12,000
+MAX_TABLE = 65_536  # bytes; of a table of items: a grid of 1,024 cells takes 22,000
 
 
 def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -90,10 +90,10 @@ class Item:
         """Return the first property of a kind, or nothing."""
         return next((body for there, body in self.properties if there == kind), b"")
 
-    def pixels(self) -> int:
-        """Return width times height as its boxes tell them; raise DecodeFailed if they do not."""
+    def size(self) -> tuple[int, int]:
+        """Return width and height as its boxes tell them; raise DecodeFailed if they do not."""
         reader = Reader(self.get(b"ispe")[4:])
-        return reader.number(4) * reader.number(4)
+        return reader.number(4), reader.number(4)
 
     def is_alpha(self) -> bool:
         """Tell whether it is the transparency of another."""
@@ -222,33 +222,59 @@ def units(data: bytes) -> Iterator[tuple[int, bytes]]:
 class Sequence:
     """What a sequence header says about the frames behind it."""
 
-    pixels: int  # of a frame that says nothing else
+    size: tuple[int, int]  # width and height of a frame that says nothing else
     most_pixels: int  # of a frame that overrides its size
-    short: bool = True  # frame headers have no choices; so the rest is not there
+    short: bool = True  # frame headers have no choices, and the next four are not there
     time_bits: int = 0  # length of a shown frame's time
     id_bits: int = 0  # length of a frame's number
     screen: int = 2  # screen content tools: off, on, or 2: each frame says
     integer: int = 2  # whole motion vectors, likewise
+    grey: bool = False
+    weight: float = 1.0  # what a pixel costs, in pixels of eight bits
 
 
 def read_sequence(data: bytes) -> Sequence:
     """Return what a sequence header says (AV1 specification, 5.5); raise DecodeFailed."""
     reader = Reader(data)
-    reader.bits(4)  # profile, still picture
-    short = bool(reader.bits(1))
+    profile, _, short = reader.bits(3), reader.bits(1), bool(reader.bits(1))
     time_bits = 0 if short else _skip_operating_points(reader)
     reader.bits(5 if short else 0)  # level
     bits = reader.bits(4) + 1, reader.bits(4) + 1
     width, height = reader.bits(bits[0]) + 1, reader.bits(bits[1]) + 1
-    sizes = width * height, 1 << sum(bits)
-    if short:
-        return Sequence(*sizes)
-    id_bits = reader.bits(4) + reader.bits(3) + 3 if reader.bits(1) else 0
-    reader.bits(7)  # what blocks may do
-    reader.bits(2 if reader.bits(1) else 0)  # what the order of frames allows
-    screen = 2 if reader.bits(1) else reader.bits(1)
-    integer = 2 if not screen or reader.bits(1) else reader.bits(1)
-    return Sequence(*sizes, False, time_bits, id_bits, screen, integer)
+    id_bits, order, screen, integer = 0, 0, 2, 2
+    if not short:
+        id_bits = reader.bits(4) + reader.bits(3) + 3 if reader.bits(1) else 0
+    reader.bits(3)  # how blocks are cut and filled
+    if not short:
+        reader.bits(4)  # how blocks are predicted
+        order = reader.bits(1)
+        reader.bits(2 if order else 0)
+        screen = 2 if reader.bits(1) else reader.bits(1)
+        integer = 2 if not screen or reader.bits(1) else reader.bits(1)
+        reader.bits(3 if order else 0)
+    reader.bits(3)  # which filters there are
+    deep, grey = _read_colour(reader, profile)
+    weight = (1.25 if deep else 1) * (2 if reader.bits(1) else 1)
+    sizes = (width, height), 1 << sum(bits)
+    return Sequence(*sizes, short, time_bits, id_bits, screen, integer, grey, weight)
+
+# %% ../nbs/02b_avif.ipynb #read-colour
+def _read_colour(reader: Reader, profile: int) -> tuple[bool, bool]:
+    """Read over the colours (AV1 specification, 5.5.2); return if they are deep, and if grey."""
+    deep = bool(reader.bits(1))
+    twelve = reader.bits(1) if profile == 2 and deep else 0
+    grey = bool(reader.bits(1)) if profile != 1 else False
+    described = [reader.bits(8) for _ in range(3)] if reader.bits(1) else []
+    if grey:
+        reader.bits(1)  # range
+        return deep, grey
+    if described != [1, 13, 0]:  # sRGB kept as it is
+        reader.bits(1)  # range
+        across = reader.bits(1) if twelve else profile != 1
+        down = reader.bits(1) if twelve and across else profile == 0
+        reader.bits(2 if across and down else 0)
+    reader.bits(1)  # are blue and red apart?
+    return deep, grey
 
 # %% ../nbs/02b_avif.ipynb #operating-points
 def _skip_operating_points(reader: Reader) -> int:  # bits
@@ -301,22 +327,29 @@ def overrides_size(data: bytes, sequence: Sequence) -> bool:
     return kind == SWITCH or bool(reader.bits(1))
 
 
-def coded_pixels(data: bytes) -> int:
-    """Return how many pixels decoding this AV1 takes at most, hidden frames included."""
-    sequence, frames, most = None, 0, 0
+def frame_pixels(sequence: Sequence, header: bytes, told: tuple[int, int], alpha: bool) -> float:
+    """Return what a frame costs, in pixels of eight bits, scaling it to the size told included."""
+    width, height = sequence.size
+    pixels = sequence.most_pixels if overrides_size(header, sequence) else width * height
+    if (told, pixels) != ((width, height), width * height):
+        pixels += told[0] * told[1]
+    return pixels * sequence.weight * (2 if alpha and not sequence.grey else 1)
+
+
+def coded_pixels(data: bytes, told: tuple[int, int], *, alpha: bool = False) -> int:
+    """Return what decoding this AV1 costs, in pixels of eight bits, hidden frames included."""
+    sequence, frames, most = None, 0, 0.0
     for kind, payload in units(data):
         if kind == SEQUENCE:
             sequence = read_sequence(payload)
-            most = max(most, sequence.pixels)
         elif kind in FRAMES:
             if sequence is None:
                 raise DecodeFailed(detail="AV1 frame without a sequence")
             frames += 1
-            if overrides_size(payload, sequence):
-                most = max(most, sequence.most_pixels)
+            most = max(most, frame_pixels(sequence, payload, told, alpha))
     if not frames:
         raise DecodeFailed(detail="AV1 without a frame")
-    return frames * most
+    return int(frames * most)
 
 # %% ../nbs/02b_avif.ipynb #source
 class Source:
@@ -349,7 +382,7 @@ class Source:
 
 # %% ../nbs/02b_avif.ipynb #gather
 Part = tuple[Item, bytes]  # an item and its bytes
-MAX_CELLS = 256  # of a grid
+MAX_CELLS = 1_024  # of a grid
 
 
 def cells_of(grid: bytes, item: Item) -> list[int]:
@@ -359,7 +392,7 @@ def cells_of(grid: bytes, item: Item) -> list[int]:
     if version or (rows + 1) * (columns + 1) != len(cells):
         raise DecodeFailed(detail="AVIF grid of a wrong shape")
     if len(cells) > MAX_CELLS:
-        raise ImageLimits(f"Image exceeds limits ({len(cells):,} > {MAX_CELLS} cells)")
+        raise ImageLimits(f"Image exceeds limits ({len(cells):,} > {MAX_CELLS:,} cells)")
     return cells
 
 
@@ -372,7 +405,7 @@ def gather(source: Source, number: int, max_pixels: int) -> list[Part]:
         parts += [(cell, source.bytes_of(cell)) for cell in cells]
     pixels = 0
     for coded, data in parts[1:] or parts:
-        pixels += max(coded.pixels(), coded_pixels(data))
+        pixels += coded_pixels(data, coded.size(), alpha=item.is_alpha())
         if pixels > max_pixels:
             raise ImageLimits(f"Image exceeds limits ({pixels:,} > {max_pixels:,} pixels)")
     return parts

@@ -16,9 +16,9 @@ from typing import Any
 from .errors import SettingsError
 
 # %% auto #0
-__all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'number', 'word',
-           'flag', 'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'from_environ',
-           'environment_for', 'environment_table']
+__all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'DEPLOYMENT',
+           'number', 'word', 'flag', 'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read',
+           'from_environ', 'web_address', 'DeploySettings', 'environment_for', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -253,6 +253,10 @@ SERVICE = {
         "MAX_BYTES_IN_FLIGHT", number(int, 1, 1 << 36, "bytes"), "671088640",
         "Most bytes of images downloaded, or being downloaded, and not yet embedded",
     ),
+    "selftest": Variable(
+        "CLIP_SELFTEST", word("on", "off"), "on",
+        "Answer the unsigned `selftest` request, which embeds a photograph of the worker's own",
+    ),
     "log_level": Variable(
         "LOG_LEVEL", word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much is logged",
     ),
@@ -289,6 +293,7 @@ class Settings:
     max_batch_size: int
     decode_workers: int
     max_bytes_in_flight: int
+    selftest: str
     log_level: str
 
     @classmethod
@@ -302,11 +307,14 @@ class Settings:
         return cls(**values)
 
 # %% ../nbs/01_settings.ipynb #read
-def read(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+def read(
+    env: Mapping[str, str],
+    variables: Mapping[str, Variable] = VARIABLES,  # by field
+) -> tuple[dict[str, Any], list[str]]:
     """Return the readable values of `env` by field, and a sentence for each unreadable one."""
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for key, variable in VARIABLES.items():
+    for key, variable in variables.items():
         text = env.get(variable.name, variable.default)
         try:
             values[key] = None if text is None else variable.parse(text)
@@ -333,6 +341,49 @@ def from_environ(
 ) -> Settings:
     """Return the settings of this process; raise SettingsError naming every problem at once."""
     return Settings.from_env(os.environ, checks)
+
+# %% ../nbs/01_settings.ipynb #web-address
+def web_address(text: str) -> str:
+    """Read a base URL: https, or http on this machine's loopback; without its last slash."""
+    host = r"(https://[a-z0-9.-]+|http://(127\.0\.0\.1|localhost|\[::1\]))"
+    if not re.fullmatch(host + r"(:\d{1,5})?(/[\w.~-]+)*/?", text, re.ASCII | re.IGNORECASE):
+        raise ValueError("must be an https URL without a query (http only on this machine)")
+    return text.rstrip("/")
+
+
+DEPLOYMENT = {
+    "api_key": Variable(
+        "RUNPOD_API_KEY", matching(r"[!-~]{0,256}", "a key without white space"), "",
+        "RunPod API key that may read and write Serverless endpoints", hidden=True,
+    ),
+    "rest_url": Variable(
+        "RUNPOD_REST_URL", web_address, "https://api.runpod.io/v2", "Where RunPod's REST API is",
+    ),
+    "image": Variable(
+        "CLIP_WORKER_IMAGE", matching(r"[!-~]{0,512}", "an image reference"), "",
+        "Image to deploy, where `--image` does not say",
+    ),
+}  # by field of DeploySettings
+
+# %% ../nbs/01_settings.ipynb #deploy-settings
+@dataclass(frozen=True)
+class DeploySettings:
+    """What the environment says about a deployment; `DEPLOYMENT` tells variables and meanings."""
+
+    api_key: str = field(repr=False)  # empty: there is none
+    rest_url: str
+    image: str  # empty: not said
+    secrets: dict[str, str] = field(repr=False)  # the worker's hidden variables that are set
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> DeploySettings:
+        """Return the settings in `env`, or of this process; raise SettingsError."""
+        env = os.environ if env is None else env
+        values, problems = read(env, DEPLOYMENT)
+        if problems:
+            raise SettingsError(problems)
+        hidden = [variable.name for variable in VARIABLES.values() if variable.hidden]
+        return cls(**values, secrets={name: env[name] for name in hidden if env.get(name)})
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

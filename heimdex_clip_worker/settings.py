@@ -300,8 +300,7 @@ class Settings:
     def from_env(cls, env: Mapping[str, str], checks: Iterable[Check] = ()) -> Settings:
         """Return the settings in `env`; raise SettingsError naming every problem at once."""
         values, problems = read(env)
-        for check in (_needs_a_key, *checks):
-            problems += check(values)
+        problems += [found for check in (_needs_a_key, *checks) for found in check(values)]
         if problems:
             raise SettingsError(problems)
         return cls(**values)

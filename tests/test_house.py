@@ -45,6 +45,7 @@ MAY_IMPORT = {
     },
     "client": {"errors", "auth", "contract", "settings"},
     "backfill": {"errors", "settings", "client", "contract"},
+    "deploy": {"errors", "settings"},
 }  # fmt: skip
 COMMANDS = {"demo", "platform", "cli"}  # may import anything, the heavy things inside functions
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
@@ -62,6 +63,7 @@ MAY_NOT_IMPORT = {
     "embed": {"requests", "aiohttp", "runpod"},
     "client": HEAVY,
     "backfill": HEAVY,
+    "deploy": HEAVY,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}

@@ -107,7 +107,7 @@ class Selftest:
         if isinstance(outcome, WorkerError):
             fatal = getattr(outcome, "fatal", False)
             raise InferenceFailed(detail=f"{outcome.code}: {outcome.detail}", fatal=fatal)
-        return dict(outcome)
+        return {**outcome, "timings": dict(outcome["timings"])}
 
     async def _run(self) -> dict[str, Any] | WorkerError:
         try:

@@ -39,6 +39,7 @@ def number(
             raise ValueError(f"must be {what} of {unit} from {low:,} to {high:,}")
         return value
 
+    parse.low, parse.high = low, high
     return parse
 
 # %% ../nbs/01_settings.ipynb #word-and-flag
@@ -51,6 +52,7 @@ def word(*allowed: str) -> Callable[[str], str]:
             raise ValueError("must be one of " + ", ".join(allowed))
         return known[text.lower()]
 
+    parse.allowed = allowed
     return parse
 
 

@@ -19,14 +19,14 @@ from typing import Any
 import requests
 
 from .errors import SettingsError
-from .settings import VARIABLES, DeploySettings, Settings
+from .settings import MIN_SECRET_BYTES, VARIABLES, DeploySettings, Settings
 
 # %% auto #0
-__all__ = ['NAME', 'POOLS', 'LEFT_OUT', 'MIN_CUDA', 'HIDDEN', 'SDK', 'HELP', 'configuration', 'create_body', 'read_pairs',
-           'worker_env', 'DeployError', 'help_for', 'said', 'read_answer', 'with_bearer', 'Api', 'id_of', 'find',
-           'update', 'put', 'shown', 'plan', 'callers_environment', 'whole', 'listed', 'name_text', 'image_problems',
-           'add_common', 'add_arguments', 'body_of', 'ended', 'with_key', 'run', 'add_undeploy_arguments', 'confirmed',
-           'remove', 'run_undeploy']
+__all__ = ['NAME', 'POOLS', 'LEFT_OUT', 'MIN_CUDA', 'HIDDEN', 'SDK', 'HELP', 'SHARED', 'configuration', 'create_body',
+           'read_pairs', 'worker_env', 'DeployError', 'help_for', 'said', 'read_answer', 'pieces', 'with_bearer', 'Api',
+           'id_of', 'find', 'update', 'put', 'shown', 'plan', 'callers_environment', 'whole', 'listed', 'name_text',
+           'image_problems', 'add_common', 'add_arguments', 'body_of', 'ended', 'with_key', 'run',
+           'add_undeploy_arguments', 'confirmed', 'remove', 'run_undeploy']
 
 # %% ../nbs/15_deploy.ipynb #configuration
 NAME = "heimdex-clip"
@@ -155,7 +155,7 @@ def said(
         text = "; ".join(str(part) for part in parts if part)
     except (ValueError, AttributeError, TypeError):
         text = answer.content[:4000].decode("utf-8", "replace")
-    for secret in hidden:
+    for secret in sorted(hidden, key=len, reverse=True):
         text = text.replace(secret, "(hidden)")
     line = " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
     return line[:500] or answer.reason or "no reason given"
@@ -187,6 +187,13 @@ def read_answer(
     return told
 
 # %% ../nbs/15_deploy.ipynb #with-bearer
+def pieces(secrets: Iterable[str]) -> set[str]:
+    """Return secrets, and those that a list of keys is made of."""
+    whole = {secret for secret in secrets if secret}
+    parts = {part for secret in whole for part in re.split("[,:]", secret)}
+    return whole | {part for part in parts if len(part) >= MIN_SECRET_BYTES}
+
+
 def with_bearer(request: requests.PreparedRequest, key: str) -> requests.PreparedRequest:
     """Give a request its key."""
     request.headers["Authorization"] = f"Bearer {key}"
@@ -206,7 +213,7 @@ class Api:
         wait: Callable[[float], None] = time.sleep,
     ):
         self.settings, self.timeout_s, self.wait = settings, timeout_s, wait
-        self.hidden = {settings.api_key, *settings.secrets.values()} - {""}
+        self.hidden = pieces([settings.api_key, *settings.secrets.values()])  # never to be shown
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the answer to one request, {} if it is empty; raise DeployError."""
@@ -281,7 +288,7 @@ def update(
         raise DeployError(f"The API does not tell the variables of endpoint {endpoint_id}, which "
                           "an update would replace: change it in the console.")
     env, made = worker_env(there["env"], given, unset)
-    api.hidden |= {env[n] for n in HIDDEN if env.get(n)}
+    api.hidden |= pieces(env.get(name, "") for name in HIDDEN)
     api.call("PATCH", f"/serverless/{endpoint_id}", {**body, "env": env})
     return env, made
 
@@ -300,7 +307,7 @@ def put(
     there = find(api, name, endpoint_id)
     if there:
         return (there, *update(api, there, body, given, unset), False)
-    api.hidden |= {made} - {None}
+    api.hidden |= pieces([made or ""])
     for last in (False, False, True):
         try:
             answer = api.call("POST", "/serverless", create_body(name, body, fresh))
@@ -337,6 +344,9 @@ def plan(url: str, name: str, body: Mapping[str, Any], given: Mapping[str, str])
     ])
 
 # %% ../nbs/15_deploy.ipynb #callers-environment
+SHARED = ("AUTH_AUDIENCE", "AUTH_MAX_LIFETIME_SECONDS", "CLIP_MODEL_NAME")  # where both must agree
+
+
 def callers_environment(
     endpoint_id: str,
     env: Mapping[str, str],  # the worker's variables
@@ -344,8 +354,7 @@ def callers_environment(
 ) -> str:
     """Return the caller's environment as shell lines."""
     lines = [f"export RUNPOD_CLIP_ENDPOINT_ID={endpoint_id}"]
-    if env.get("AUTH_AUDIENCE"):
-        lines.append(f"export AUTH_AUDIENCE={shlex.quote(env['AUTH_AUDIENCE'])}")
+    lines += [f"export {name}={shlex.quote(env[name])}" for name in SHARED if env.get(name)]
     if made:
         lines.append("# Made now and not shown again; the worker has it already:")
         lines.append(f"export EMBEDDING_HMAC_SECRET={made}")

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 import rows_auth
 import rows_selftest
 import stand
+import torch
 from fake_worker import FakeEmbedder
 from test_payload_rows import check_log
 
@@ -34,6 +36,19 @@ class Broken(Counting):
     def encode(self, pixels):
         super().encode(pixels)
         raise RuntimeError("broken, with a secret: hostile-rows")
+
+
+class Turned(FakeEmbedder):
+    """A model whose golden rows are not what it computes."""
+
+    def encode(self, pixels):
+        flat = pixels.float().flatten(1)[:, : self.dim]
+        return torch.nn.functional.pad(flat + 1, (0, self.dim - flat.shape[1]))
+
+    @classmethod
+    def load(cls, *args, **kwargs):
+        rows = torch.eye(3, 512)
+        return replace(super().load(*args, **kwargs), golden=rows, image_size=32)
 
 
 def ask(work, *, model=FakeEmbedder, selftest=True):
@@ -80,6 +95,11 @@ def test_a_flood_costs_one_run(model, code, caplog):
     check_log(caplog)
 
 
+def test_another_vector_than_the_golden_one_is_an_error():
+    reply, _ = ask(lambda worker: worker.handle(JOB), model=Turned)
+    assert stand.code_of(reply) == "INFERENCE_FAILED"
+
+
 def test_an_answer_from_the_last_run_takes_under_a_millisecond():
     async def timed(worker):
         await worker.handle(JOB)
@@ -104,6 +124,17 @@ def test_a_flood_of_cancelled_ones_leaves_one_run_that_ends():
         return await worker.handle(JOB)
 
     reply, _ = ask(flood, model=Counting)
+    assert stand.code_of(reply) == "SELFTEST" and Counting.images == 1
+
+
+def test_who_is_cancelled_takes_nobody_along():
+    async def two(worker):
+        gone, stays = (asyncio.ensure_future(worker.handle(JOB)) for _ in range(2))
+        await asyncio.sleep(0.001)
+        gone.cancel()
+        return await stays
+
+    reply, _ = ask(two, model=Counting)
     assert stand.code_of(reply) == "SELFTEST" and Counting.images == 1
 
 

@@ -39,7 +39,7 @@ def configuration(
     image: str,  # with its tag or digest
     *,
     pools: Iterable[str] = POOLS,
-    left_out: Iterable[str] = LEFT_OUT,  # GPU types of those pools
+    left_out: Iterable[str] | None = None,  # types of those pools; None: LEFT_OUT, if they are
     workers_min: int = 0,
     workers_max: int = 3,
     idle_s: int = 30,
@@ -51,6 +51,8 @@ def configuration(
 ) -> dict[str, Any]:
     """Return what create and update have in common, but for the environment."""
     gpu = {"pools": list(pools), "count": 1, "minCudaVersion": MIN_CUDA, "allowedCudaVersions": []}
+    if left_out is None:
+        left_out = LEFT_OUT if "ADA_48_PRO" in gpu["pools"] else ()
     left_out = list(left_out)
     body = {
         "image": image,
@@ -413,7 +415,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unset-env", metavar="NAME", action="append", default=[], help="remove a variable")
     pools, left_out = ",".join(POOLS), ",".join(LEFT_OUT)
     add("--gpu-pools", type=listed, default=pools, metavar="IDS", help="(%(default)s)")
-    add("--gpu-exclude", type=listed, default=left_out, metavar="TYPES", help="(%(default)s)")
+    help = f"types not to take from those pools (with ADA_48_PRO: {left_out})"
+    add("--gpu-exclude", type=listed, metavar="TYPES", help=help)
     add("--workers-min", type=whole(0, 100), default=0, metavar="N", help="(%(default)s)")
     add("--workers-max", type=whole(0, 1000), default=3, metavar="N", help="(%(default)s)")
     add("--idle", type=whole(1, 3600), default=30, metavar="SECONDS", help="(%(default)s)")

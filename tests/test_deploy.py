@@ -113,6 +113,21 @@ def test_a_first_run_creates_the_endpoint(api, command):
     assert body["env"].keys() == {"LOG_LEVEL", VARIABLE} and len(body["env"][VARIABLE]) == 64
 
 
+@pytest.mark.parametrize(
+    "words, pools, left_out",
+    [
+        (["--gpu-pools", "ADA_24"], ["ADA_24"], []),
+        (["--gpu-pools", "ADA_48_PRO, AMPERE_80"], ["ADA_48_PRO", "AMPERE_80"], list(LEFT_OUT)),
+        (["--gpu-exclude", ""], list(POOLS), []),
+        (["--gpu-exclude", "NVIDIA L40"], list(POOLS), ["NVIDIA L40"]),
+    ],
+)
+def test_other_gpus(api, command, words, pools, left_out):
+    assert command("--image", IMAGE, *words)[0] == 0
+    gpu = api.changes()[0][2]["gpu"]
+    assert (gpu["pools"], gpu.get("excludedTypes", [])) == (pools, left_out)
+
+
 def test_a_secret_made_here_is_shown_once_and_is_the_workers(api, command):
     _, out, err = command("--image", IMAGE)
 

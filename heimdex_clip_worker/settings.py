@@ -18,7 +18,7 @@ from .errors import SettingsError
 # %% auto #0
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'number', 'word',
            'flag', 'matching', 'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'from_environ',
-           'environment_for', 'environment_table']
+           'worker_variables', 'environment_for', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -333,6 +333,12 @@ def from_environ(
 ) -> Settings:
     """Return the settings of this process; raise SettingsError naming every problem at once."""
     return Settings.from_env(os.environ, checks)
+
+# %% ../nbs/01_settings.ipynb #worker-variables
+def worker_variables() -> dict[str, str]:
+    """Return those of the worker's variables that this process has, as they are written."""
+    ours = {variable.name for variable in VARIABLES.values()}
+    return {name: value for name, value in os.environ.items() if name in ours}
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

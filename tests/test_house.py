@@ -39,13 +39,15 @@ MAY_IMPORT = {
     "embed": {"errors", "weights", "tower", "artifact", "preprocess"},
     "text": {"errors", "weights", "tower", "artifact", "embed"},
     "batch": {"errors", "download", "decode", "preprocess", "embed"},
+    "selftest": {"errors", "contract", "artifact", "batch"},
     "handler": {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
-        "embed", "text", "batch",
+        "embed", "text", "batch", "selftest",
     },
     "endpoint": {"errors", "auth", "settings"},
     "client": {"errors", "auth", "contract", "settings", "endpoint", "local"},
     "backfill": {"errors", "settings", "client", "contract"},
+    "deploy": {"errors", "settings"},
 }  # fmt: skip
 # These may import anything, the heavy things inside functions.
 COMMANDS = {"demo", "platform", "cli", "local"}
@@ -62,9 +64,11 @@ MAY_NOT_IMPORT = {
     "artifact": {"torchvision", "requests", "aiohttp", "runpod"},
     "text": {"requests", "aiohttp", "runpod"},
     "embed": {"requests", "aiohttp", "runpod"},
+    "selftest": {"requests", "aiohttp", "runpod"},
     "endpoint": HEAVY,
     "client": HEAVY,
     "backfill": HEAVY,
+    "deploy": HEAVY,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}

@@ -34,10 +34,12 @@ RUN pip install --quiet -r /build/requirements.txt
 FROM packages AS runtime
 RUN pip uninstall --quiet --yes triton cuda-bindings cuda-pathfinder setuptools pip \
     && cd /opt/venv/lib/python3*/site-packages \
-    && rm -rf torch/include torch/bin nvidia/*/include nvidia/nvshmem/lib/*.a \
+    && rm -rf torch/include nvidia/*/include nvidia/nvshmem/lib/*.a \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find . -type d \( -name tests -o -name test -o -name __pycache__ \) -prune -exec rm -rf {} + \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash . \
-    && rm -f /opt/venv/bin/*ctivate*
+    && rm -f /opt/venv/bin/*ctivate* \
+    && python -c 'import open_clip, torch, torchvision'
 
 
 # The weights, fetched by open_clip's own loader. Changes only with these files and arguments.
@@ -51,3 +53,45 @@ COPY heimdex_clip_worker/__init__.py heimdex_clip_worker/errors.py heimdex_clip_
      ./heimdex_clip_worker/
 RUN python -c 'import sys; from heimdex_clip_worker.weights import load_model; load_model(*sys.argv[1:])' \
         "$CLIP_MODEL_NAME" "$CLIP_PRETRAINED" "$CLIP_ACTIVATION"
+
+
+# The weights as they will be served, checked against what they were made of. A change of the modules
+# that make them bakes anew, to the same bytes; other code does not come by here.
+FROM checkpoint AS weights
+COPY heimdex_clip_worker/decode.py heimdex_clip_worker/preprocess.py heimdex_clip_worker/tower.py \
+     heimdex_clip_worker/artifact.py heimdex_clip_worker/embed.py heimdex_clip_worker/text.py \
+     heimdex_clip_worker/bake.py ./heimdex_clip_worker/
+COPY heimdex_clip_worker/photos ./heimdex_clip_worker/photos
+RUN HF_HUB_OFFLINE=1 python -m heimdex_clip_worker.bake --to /opt/clip \
+        --model-name "$CLIP_MODEL_NAME" --pretrained "$CLIP_PRETRAINED" --activation "$CLIP_ACTIVATION"
+
+
+# This package, with the commands that come with it.
+FROM packages AS worker
+COPY settings.ini setup.py pyproject.toml README.md LICENSE /build/
+COPY heimdex_clip_worker /build/heimdex_clip_worker
+RUN pip install --quiet --no-build-isolation --no-deps --target /opt/worker /build \
+    && python -m compileall -q --invalidation-mode unchecked-hash /opt/worker
+
+
+# What is shipped: Python, packages, weights and code, each a layer, in the order in which they change.
+FROM python
+COPY --from=runtime /opt/venv /opt/venv
+COPY --from=weights /opt/clip /opt/clip
+COPY --from=worker /opt/worker /opt/worker
+ARG CLIP_MODEL_NAME
+ARG CLIP_PRETRAINED
+ARG CLIP_ACTIVATION
+# Nothing is fetched or written at run time: the weights are in CLIP_ARTIFACT_DIR.
+ENV PATH=/opt/venv/bin:/opt/worker/bin:$PATH \
+    PYTHONPATH=/opt/worker \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HF_HUB_OFFLINE=1 \
+    CLIP_ARTIFACT_DIR=/opt/clip \
+    CLIP_MODEL_NAME=$CLIP_MODEL_NAME \
+    CLIP_PRETRAINED=$CLIP_PRETRAINED \
+    CLIP_ACTIVATION=$CLIP_ACTIVATION
+USER worker
+WORKDIR /home/worker
+CMD ["python", "-u", "-m", "heimdex_clip_worker.handler"]

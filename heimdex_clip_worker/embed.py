@@ -171,6 +171,7 @@ class Parts:
     space_id: str = ""  # vectors with another one must not be compared with these
     golden: torch.Tensor | None = None  # (3, dim): open_clip's answers to `golden_pixels`
     artifact: Artifact | None = None  # where the tower is from, and the text tower may be
+    asked: tuple[Any, ...] = ()  # for `load_model`, should the checkpoint be needed again
 
     @property
     def at_least(self) -> int | None:  # pixels; None: all of them
@@ -275,15 +276,16 @@ def load(
     if where.type == "cuda":
         forbid_tf32()
     chosen = pick_precision(precision, where)
-    asked = (model_name, pretrained, activation, chosen, cache_dir)
-    found = from_disk(artifact_dir, *asked) if artifact_dir else None
+    asked = (model_name, pretrained, activation, cache_dir)
+    found = from_disk(artifact_dir, *asked[:3], chosen, cache_dir) if artifact_dir else None
     if found is None:
-        loaded = load_model(model_name, pretrained, activation, cache_dir)
+        loaded = load_model(*asked)
         if not artifact.covered(loaded):
-            return through_open_clip(loaded, where, chosen, may_be_fp32=precision == "auto")
+            made = through_open_clip(loaded, where, chosen, may_be_fp32=precision == "auto")
+            return replace(made, asked=asked)
         made = made_of(loaded, chosen, artifact_dir)
         found = made, made.tower()
-    return from_artifact(*found, where, preprocess)
+    return replace(from_artifact(*found, where, preprocess), asked=asked)
 
 # %% ../nbs/04_embed.ipynb #from-artifact
 def from_artifact(

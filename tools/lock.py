@@ -43,6 +43,16 @@ def elsewhere(block: str) -> bool:
     return " ; " in pin(block) and block.split("==")[0] in ELSEWHERE
 
 
+def both(block: str) -> list[str]:
+    """Return a pin of `name[extra]` beside one of `name`.
+
+    For pip 23 these are two things: it takes the newest version of the one that is not pinned,
+    finds no hash for it, and stops.
+    """
+    name, extras, rest = re.match(r"([^\[=]+)(\[.*?\])?(.*)", block, re.DOTALL).groups()
+    return [block, name + rest] if extras else [block]
+
+
 def compile_lock(
     requirements: str,  # a line each
     constraint: Path | None = None,  # a lock that the new one must agree with
@@ -50,7 +60,6 @@ def compile_lock(
     """Resolve `requirements` and return one block of text per pinned distribution."""
     command = ["uv", "pip", "compile", "-", "--universal", "--generate-hashes", "--no-annotate"]
     command += ["--python-version", wanted("min_python"), "--no-header", "--quiet", "--no-config"]
-    # Without its extras pinned too, pip 23 takes the newest version for `name[extra]`, and stops.
     command += ["--no-strip-extras"]
     if constraint:
         command += ["--constraint", str(constraint)]
@@ -58,7 +67,7 @@ def compile_lock(
         command, input=requirements, text=True, stdout=subprocess.PIPE, check=True
     )
     blocks = re.split(r"\n(?=\S)", done.stdout.strip())
-    return [block for block in blocks if not elsewhere(block)]
+    return [one for block in blocks if not elsewhere(block) for one in both(block)]
 
 
 def write(path: Path, blocks: list[str], what: str, first: str = "") -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-import threading
+import signal
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import nbformat
 import pytest
 import smoke
 from local_worker import SECRET, PhotoServer, local_server, plain_env
-from platform_standin import PlatformServer
 from storage_standin import StorageServer
+
+from heimdex_clip_worker.platform import PlatformServer
 
 FAKE = str(Path(__file__).parent / "fake_worker.py")
 
@@ -68,6 +68,11 @@ def test_it_passes_on_the_platform_with_signed_urls_of_supabase(on_platform: smo
     assert "PASSED: 16 checks" in outputs(on_platform)
 
 
+def test_it_shows_no_secret(on_platform: smoke.Run):
+    for word in (SECRET, "token=", "rpa_", "service-role-"):
+        assert word not in on_platform.notebook + on_platform.said
+
+
 def test_it_draws_similarity_captions_and_latency(on_platform: smoke.Run):
     assert pictures(on_platform) == 3
 
@@ -96,12 +101,16 @@ def run_on(
     platform: PlatformServer, home: Path, storage: StorageServer, name: str, **more: object
 ) -> smoke.Run:
     """Run the notebook with photographs in the storage; nothing may be left there."""
-    secret = str(more.pop("secret", SECRET))
-    env = smoke.caller_env(home, **storage.env(), EMBEDDING_HMAC_SECRET=secret)
+    keys = {
+        "EMBEDDING_HMAC_SECRET": str(more.pop("secret", SECRET)),
+        "RUNPOD_API_KEY": str(more.pop("api_key", platform.api_key)),
+        "SUPABASE_SERVICE_ROLE_KEY": storage.key,
+    }
+    env = smoke.caller_env(home, **{**storage.env(), **keys})
     parameters = {**smoke.address(platform), "n": 4, "timeout_s": 30, **more}
     run = smoke.run_notebook(name, env, parameters)
     assert storage.calls["POST object"] and not storage.objects
-    for word in (SECRET, secret, storage.key, env["RUNPOD_API_KEY"], "token="):
+    for word in (*keys.values(), "token="):
         assert word not in run.notebook + run.said
     return run
 
@@ -145,44 +154,39 @@ def test_it_fails_on_a_worker_that_lets_everybody_in(home: Path, photos: PhotoSe
             **smoke.address(platform), "storage": "url", "image": photos.photo("chelsea.jpg"),
             "golden": "skip", "timeout_s": 30,
         }  # fmt: skip
-        run = smoke.run_notebook("open", smoke.caller_env(home), parameters)
+        env = smoke.caller_env(home, RUNPOD_API_KEY=platform.api_key)
+        run = smoke.run_notebook("open", env, parameters)
     assert failure(run).startswith("THE ENDPOINT IS OPEN: it answered another secret")
     assert "NOT COMPARED with golden vectors" in outputs(run)
 
 
-@contextmanager
-def gate(status: int) -> Iterator[str]:
-    """Answer every request with `status`, as the platform's gate does; yield the base URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v2"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_it_fails_on_a_401(home: Path, photos: PhotoServer):
-    with gate(401) as base_url:
-        parameters = {
-            "base_url": base_url, "endpoint_id": "e1", "storage": "url", "image": photos.photo(),
-        }  # fmt: skip
-        run = smoke.run_notebook("gate", smoke.caller_env(home), parameters)
-    assert re.match(r"HTTP 401 from \S+/e1/runsync: RUNPOD_API_KEY is not valid", failure(run))
+def test_it_fails_on_a_401(small: PlatformServer, home: Path, storage: StorageServer):
+    run = run_on(small, home, storage, "gate", api_key="rpa_OF_SOMEBODY_ELSE_0123456789")
+    assert re.match(r"HTTP 401 from \S+/local/runsync: RUNPOD_API_KEY is not valid", failure(run))
 
 
 # Careless callers
+
+
+def test_an_interrupt_removes_what_was_uploaded(home: Path, storage: StorageServer):
+    with PlatformServer() as platform:
+        env = smoke.caller_env(home, RUNPOD_API_KEY=platform.api_key, **storage.env())
+        parameters = {**smoke.address(platform), "timeout_s": 60}
+        command = smoke.papermill(smoke.NOTEBOOK, home / "interrupted.ipynb", parameters)
+        run = subprocess.Popen(
+            command, env=env, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        platform.until(lambda there: len(there.jobs) > 0, 60, "no request came")
+        assert len(storage.objects) == 10
+        run.send_signal(signal.SIGINT)
+        assert run.wait(30) != 0 and not storage.objects
+
+
+def test_it_names_the_cure_for_a_bucket_that_is_not_there(home: Path, storage: StorageServer):
+    env = smoke.caller_env(home, RUNPOD_API_KEY="rpa_UNUSED", **storage.env("films"))
+    said = failure(smoke.run_notebook("bucket", env, {"endpoint_id": "e1"}))
+    assert said.startswith("Supabase Storage refuses the upload (404, Bucket not found)")
+    assert "SUPABASE_BUCKET" in said
 
 
 def test_it_names_everything_that_is_missing_before_it_asks(home: Path):

@@ -102,8 +102,8 @@ def run_notebook(
     left.unlink(missing_ok=True)
     start = time.monotonic()
     done = subprocess.run(
-        papermill(notebook, left, parameters), env=dict(env), cwd=env["HOME"], timeout=limit_s, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        papermill(notebook, left, parameters), env=dict(env), cwd=env["HOME"], timeout=limit_s,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     text = left.read_text(encoding="utf-8") if left.is_file() else ""
     return Run(done.returncode, done.stdout, text, time.monotonic() - start)

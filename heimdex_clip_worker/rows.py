@@ -13,7 +13,7 @@ from uuid import UUID
 
 # %% auto #0
 __all__ = ['MAX_ID', 'SUCCESS_FACTS', 'FAILURE_FACTS', 'BackfillError', 'UsageError', 'Fault', 'Row', 'read_id', 'read_row',
-           'Outcome', 'timestamp', 'failure', 'success', 'Policy']
+           'Outcome', 'timestamp', 'failure', 'success', 'Policy', 'Sink']
 
 # %% ../nbs/11_rows.ipynb #row
 class BackfillError(Exception):
@@ -96,7 +96,8 @@ def timestamp() -> str:
 
 def failure(row: Row, fault: Fault) -> Outcome:
     """Return the end of a row that cannot be embedded."""
-    facts = {"code": fault.code, "error": fault.error[:500].replace("\0", "?")}
+    error = fault.error[:500].replace("\0", "?").encode("utf-8", "replace").decode("utf-8")
+    facts = {"code": fault.code, "error": error}
     return Outcome(row, facts | {"retryable": fault.retryable, "failed_at": timestamp()})
 
 
@@ -130,3 +131,41 @@ class Policy:
         """Tell whether the facts of a vector are of another space or model version."""
         ours = (self.space_id, self.model_version)
         return (facts.get("space_id"), facts.get("model_version")) != ours
+
+# %% ../nbs/11_rows.ipynb #sink
+class Sink:
+    """A place that keeps the ends of rows, each exactly once."""
+
+    policy: Policy
+
+    def fit(self, row: Row) -> Row:
+        """Return `row`, with a fault if there can be no such row here."""
+        return row
+
+    def claim(self, rows: list[Row]) -> tuple[list[Row], int]:
+        """Return those of `rows` that are this process's to do, and how many are another's."""
+        raise NotImplementedError
+
+    def wanted(self, rows: list[Row]) -> list[Row]:
+        """Return those of `rows` that are to do, by whomever."""
+        raise NotImplementedError
+
+    def finish(self, outcomes: list[Outcome]) -> int:
+        """Keep the ends of claimed rows, all at once; return how many claims still held."""
+        raise NotImplementedError
+
+    def reject(self, outcomes: list[Outcome]) -> None:
+        """Keep the failures of rows without an id of their own, where there is a place for them."""
+
+    def renew(self) -> None:
+        """Keep the claims of rows that are still being worked on."""
+
+    def release(self, rows: list[Row]) -> None:
+        """Give up the claims of `rows`."""
+
+    def spaces(self) -> dict[tuple[str, str], int]:
+        """Return how many vectors there are of each space_id and model version."""
+        raise NotImplementedError
+
+    def close(self, complete: bool) -> None:
+        """Let go; `complete`: the run came to its end, with nothing of its own left to do."""

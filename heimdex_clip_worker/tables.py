@@ -26,6 +26,7 @@ from heimdex_clip_worker.rows import (
     Outcome,
     Policy,
     Row,
+    Sink,
     UsageError,
     read_row,
 )
@@ -356,7 +357,7 @@ _DONE = """INSERT INTO rows (key, whole, facts, vector) VALUES (?, ?, ?, ?)
     ON CONFLICT (key) DO UPDATE SET facts = excluded.facts, vector = excluded.vector"""
 
 # %% ../nbs/11a_tables.ipynb #journaled
-class Journaled:
+class Journaled(Sink):
     """A sink's ledger in a journal that belongs to this process."""
 
     def __init__(self, journal: sqlite3.Connection, policy: Policy):
@@ -424,12 +425,6 @@ class ParquetSink(Journaled):
         entries = [(outcome.row.number, json.dumps(outcome.facts)) for outcome in outcomes]
         with committed(self.journal) as journal:
             journal.executemany("INSERT OR REPLACE INTO rejected VALUES (?, ?)", entries)
-
-    def renew(self) -> None:
-        """Keep the claims: nobody else can take them."""
-
-    def release(self, rows: list[Row]) -> None:
-        """Give up claims: what has no end yet is to do again."""
 
     def spaces(self) -> dict[tuple[str, str], int]:
         """Return how many vectors there are of each space_id and model version."""

@@ -189,12 +189,13 @@ def keyset_pages(
     first, rest = (
         sql.SQL(page).format(sql.SQL(shown), base, where) for where in (sql.SQL(""), after)
     )
-    last = None
+    last, count = None, 0
     while True:
         bound = {**values, "last": last, "size": size}
         found = database.run(first if last is None else rest, bound)
         if found:
-            yield [read_row(row_id, url) for row_id, url in found]
+            yield [read_row(*row, number) for number, row in enumerate(found, count + 1)]
+        count += len(found)
         if len(found) < size:
             return
         last = str(found[-1][0])
@@ -432,8 +433,8 @@ def _to_text(vector: list[float] | None) -> str | None:
 class PostgresSink(SharedTable):
     """A PostgreSQL table with a pgvector column and a jsonb column, shared by any number."""
 
-    def finish(self, outcomes: list[Outcome]) -> int:
-        """Keep the ends of rows whose lease is still this process's; return how many."""
+    def finish(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Keep the ends of rows whose lease is still this process's, and return them."""
         ids = [outcome.row.id for outcome in outcomes]
         ends = {
             "vectors": [_to_text(outcome.vector) for outcome in outcomes],
@@ -445,8 +446,9 @@ class PostgresSink(SharedTable):
         if rest:
             facts = [outcomes[n].facts for n in rest]
             stamps = [fact.get("embedded_at") or fact["failed_at"] for fact in facts]
-            kept |= set(self.leases.ask("finished", [ids[n] for n in rest], stamps))
-        return len(kept)
+            found = self.leases.ask("finished", [ids[n] for n in rest], stamps)
+            kept |= {rest[n] for n in found}
+        return [outcomes[n] for n in sorted(kept)]
 
     def spaces(self) -> dict[tuple[str, str], int]:
         """Return how many vectors there are of each space_id and model version."""

@@ -12,8 +12,8 @@ from typing import Any
 from uuid import UUID
 
 # %% auto #0
-__all__ = ['MAX_ID', 'SUCCESS_FACTS', 'FAILURE_FACTS', 'BackfillError', 'UsageError', 'Fault', 'Row', 'read_id', 'read_row',
-           'Outcome', 'timestamp', 'failure', 'success', 'Policy', 'Sink']
+__all__ = ['MAX_ID', 'SUCCESS_FACTS', 'FAILURE_FACTS', 'BackfillError', 'UsageError', 'Outage', 'Fault', 'Row', 'read_id',
+           'read_row', 'Outcome', 'timestamp', 'failure', 'success', 'Policy', 'Sink']
 
 # %% ../nbs/11_rows.ipynb #row
 class BackfillError(Exception):
@@ -22,6 +22,10 @@ class BackfillError(Exception):
 
 class UsageError(BackfillError):
     """What was asked for makes no sense as it is: a column, a table or an option is wrong."""
+
+
+class Outage(Exception):
+    """Something that all rows need does not answer for now; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,8 @@ class Sink:
         """Return those of `rows` that are to do, by whomever."""
         raise NotImplementedError
 
-    def finish(self, outcomes: list[Outcome]) -> int:
-        """Keep the ends of claimed rows, all at once; return how many claims still held."""
+    def finish(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Keep the ends of claimed rows, all at once; return those whose claim still held."""
         raise NotImplementedError
 
     def reject(self, outcomes: list[Outcome]) -> None:

@@ -381,8 +381,8 @@ class Journaled(Sink):
             journal.executemany(known, [(str(row.id), isinstance(row.id, int)) for row in mine])
         return mine, 0
 
-    def finish(self, outcomes: list[Outcome]) -> int:
-        """Keep the ends of rows, all of them or none; return how many are kept."""
+    def finish(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Keep the ends of rows, all of them or none; return those that are kept: all."""
         with committed(self.journal) as journal:
             for outcome in outcomes:
                 row_id, facts = outcome.row.id, json.dumps(outcome.facts)
@@ -391,7 +391,7 @@ class Journaled(Sink):
                     journal.execute(_FAILED, values)
                 else:
                     journal.execute(_DONE, (*values, _pack(outcome.vector)))
-        return len(outcomes)
+        return outcomes
 
 # %% ../nbs/11a_tables.ipynb #open-results
 def open_results(path: Path, dry: bool) -> sqlite3.Connection:

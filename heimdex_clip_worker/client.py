@@ -249,11 +249,11 @@ def ask_for(form: str, wishes: list[Wish], entries: list[Any], model: str) -> di
     return asked | given | {"request_id": wishes[0].request_id}
 
 
-def answers_in(form: str, output: dict[str, Any], asked: dict[str, Any], count: int) -> list[Any]:
+def answers_in(output: dict[str, Any], asked: dict[str, Any], count: int) -> list[Any]:
     """Return the `count` results in a job's output; raise BAD_ANSWER."""
     if output.get("request_id") != asked["request_id"]:
         raise ClipInferenceError("The answer carries another request_id than was asked for")
-    if form not in ("images", "texts"):
+    if not {"images", "texts"} & asked.keys():
         return [output]
     results = output.get("results")
     if not isinstance(results, list) or len(results) != count:
@@ -293,33 +293,29 @@ class Jobs:
             outcomes |= zip(open_, again, strict=True)
             open_ = [i for i in open_ if worth_another_try(outcomes[i])]
             rest = pause(attempt)
-            if not open_ or attempt == ATTEMPTS - 1 or rest >= call.deadline - time.monotonic():
-                break
-            if caught(call.sleep, rest):
+            spent = attempt == ATTEMPTS - 1 or rest >= call.deadline - time.monotonic()
+            if not open_ or spent or caught(call.sleep, rest):
                 break
         return [outcomes[i] for i in range(len(wishes))]
 
     def attempt(self, form: str, wishes: list[Wish], call: Call) -> list[Outcome]:
         """Return each item's outcome of one job; raise what concerns all, or ABANDONED."""
-        entries = [caught(wish.entry) for wish in wishes]
-        live = [i for i, entry in enumerate(entries) if not isinstance(entry, ClipInferenceError)]
+        found = [caught(wish.entry) for wish in wishes]
+        live = [i for i, entry in enumerate(found) if not isinstance(entry, ClipInferenceError)]
         if live:
-            sent = [wishes[i] for i in live]
-            outcomes = caught(self.send, form, sent, [entries[i] for i in live], call)
-            same = isinstance(outcomes, ClipInferenceError)
+            entries = [found[i] for i in live]
+            sent = caught(self.send, form, [wishes[i] for i in live], entries, call)
             for n, i in enumerate(live):
-                entries[i] = outcomes if same else outcomes[n]
-        return entries
+                found[i] = sent if isinstance(sent, ClipInferenceError) else sent[n]
+        return found
 
     def send(self, form: str, wishes: list[Wish], entries: list[Any], call: Call) -> list[Outcome]:
         """Return each item's outcome of one job; raise when the whole job failed."""
         asked = ask_for(form, wishes, entries, self.expected.model)
-        output = self.backend.perform(asked, call)
-        said = answers_in(form, output, asked, len(wishes))
-        read = partial(result_of, expected=self.expected, model_version=self.version)
-        echoed = form != "texts"
+        said = answers_in(self.backend.perform(asked, call), asked, len(wishes))
+        common = (self.expected, self.version, form != "texts")
         pairs = zip(said, wishes, strict=True)
-        return [caught(read, one, wish, echoed=echoed) for one, wish in pairs]
+        return [caught(result_of, one, wish, *common) for one, wish in pairs]
 
 # %% ../nbs/10_client.ipynb #caught
 def caught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -472,6 +468,12 @@ class _Core:
         """Wait until jobs left behind are cancelled (15 s at most), and hang up."""
         self.backend.close()
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 # %% ../nbs/10_client.ipynb #client-calls
 class _Calls(_Core):
     """The calls themselves, each told by `stop` when its caller has gone."""
@@ -564,12 +566,6 @@ class ClipClient(_Calls):
     def health_check(self) -> dict[str, Any]:
         """Return `status`, a word of WORDS, with counts and a `message` that says what to do."""
         return self.look(Future())
-
-    def __enter__(self) -> ClipClient:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 # %% ../nbs/10_client.ipynb #in-threads
 class _InThreads:

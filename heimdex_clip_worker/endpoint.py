@@ -266,11 +266,8 @@ def refusal_of(
             return None
         return ClipInferenceNetworkError("The answer is empty", code="PLATFORM_ANSWER")
     if status in (401, 403):
-        return ClipInferenceAuthError(
-            f"The platform refused the API key (HTTP {status}), not the signature: "
-            "check RUNPOD_API_KEY and what it may do",
-            code="API_KEY_REFUSED",
-        )
+        message = f"The platform refused the API key (HTTP {status}), not the signature"
+        return ClipInferenceAuthError(f"{message}: check RUNPOD_API_KEY", code="API_KEY_REFUSED")
     if status == 404 and of_job:
         return ClipInferenceError("The platform has forgotten the job", code="JOB_EXPIRED")
     if status == 404:
@@ -498,20 +495,16 @@ class Endpoint:
         url: str,  # "https://api.runpod.ai/v2/<endpoint id>"
         api_key: str,
         signer: Signer,
-        *,
         threads: int = 256,  # most exchanges at once
     ):
         self._exchanges = Exchanges(url, api_key, threads)
         self._jobs = _Jobs(self._exchanges, signer)
 
     def check(self) -> None:
-        """Raise when there is no use in asking; there always is."""
+        """Do nothing: an endpoint can always be asked."""
 
     def perform(self, job_input: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Sign a job, run it to its end and return its output; cancel it when leaving it behind.
-
-        Raises ClipInferenceError subclasses.
-        """
+        """Return a job's output, or raise ClipInferenceError and see to it that the job ends."""
         job = self._jobs.submit(job_input, call)
         job_id = id_of(job)
         try:

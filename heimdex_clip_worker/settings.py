@@ -20,7 +20,7 @@ from .errors import SettingsError
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'BACKENDS', 'CALLED',
            'EXPECTED', 'BUCKET', 'SIGNING', 'CLIENT_VARIABLES', 'number', 'word', 'flag', 'matching', 'secret', 'keys',
            'networks', 'hosts', 'Variable', 'Settings', 'read', 'base_url', 'is_loopback', 'ClientSettings',
-           'from_environ', 'environment_for', 'environment_table']
+           'from_environ', 'environment_for', 'worker_environment', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -496,6 +496,17 @@ def environment_for(
     """Return this process's environment with our variables replaced by `variables`."""
     ours = {variable.name for variable in [*VARIABLES.values(), *CLIENT_VARIABLES.values()]}
     return {**{name: value for name, value in os.environ.items() if name not in ours}, **variables}
+
+# %% ../nbs/01_settings.ipynb #worker-environment
+def worker_environment(
+    env: Mapping[str, str] | None,  # None: this process's own
+    secret: str,  # made for this one worker
+    model_name: str,  # what the caller expects
+) -> dict[str, str]:
+    """Return the environment of a worker that only this process asks."""
+    signing = {variable.name for variable in AUTH.values()}
+    kept = {k: v for k, v in (os.environ if env is None else env).items() if k not in signing}
+    return {**kept, "EMBEDDING_HMAC_SECRET": secret, "CLIP_MODEL_NAME": model_name}
 
 # %% ../nbs/01_settings.ipynb #environment-table
 def environment_table(

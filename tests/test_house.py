@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "client": {"errors", "auth", "contract", "settings", "endpoint", "local"},
     "backfill": {"errors", "settings", "client", "contract"},
 }  # fmt: skip
-COMMANDS = {"demo", "platform", "cli", "local"}  # may import anything, the heavy things inside functions
+# These may import anything, the heavy things inside functions.
+COMMANDS = {"demo", "platform", "cli", "local"}
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {

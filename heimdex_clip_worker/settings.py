@@ -20,7 +20,7 @@ from .errors import SettingsError
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'BACKENDS', 'CALLED',
            'EXPECTED', 'BUCKET', 'SIGNING', 'CLIENT_VARIABLES', 'number', 'word', 'flag', 'matching', 'secret', 'keys',
            'networks', 'hosts', 'Variable', 'Settings', 'read', 'base_url', 'is_loopback', 'ClientSettings',
-           'from_environ', 'environment_for', 'worker_environment', 'environment_table']
+           'from_environ', 'worker_variables', 'environment_for', 'worker_environment', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -488,6 +488,12 @@ def from_environ(
 ) -> Settings:
     """Return the settings of this process; raise SettingsError naming every problem at once."""
     return Settings.from_env(os.environ, checks)
+
+# %% ../nbs/01_settings.ipynb #worker-variables
+def worker_variables() -> dict[str, str]:
+    """Return those of the worker's variables that this process has, as they are written."""
+    ours = {variable.name for variable in VARIABLES.values()}
+    return {name: value for name, value in os.environ.items() if name in ours}
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

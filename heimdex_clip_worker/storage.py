@@ -42,8 +42,7 @@ class Bucket:
         lifetime_s: int = 300,  # of a signed URL
     ):
         if not (url.startswith(("https://", "http://")) and key and name):
-            said = "a private bucket needs SUPABASE_URL and SUPABASE_SERVICE_ROLE_KEY"
-            raise UsageError(said)
+            raise UsageError("a bucket needs SUPABASE_URL and SUPABASE_SERVICE_ROLE_KEY")
         headers = {"apiKey": key, "Authorization": f"Bearer {key}"}
         root = f"{url.rstrip('/')}/storage/v1/"
         self._client = require_storage3().create_client(root, headers, is_async=False)
@@ -68,10 +67,6 @@ class Bucket:
             raise Outage(f"Supabase Storage signed {len(found)} paths of {len(paths)}")
         missing = Fault("MISSING_OBJECT", "no such object in the bucket", retryable=True)
         return [entry["signedURL"] or missing for entry in found]
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.session.close()
 
 # %% ../nbs/11c_storage.ipynb #minter
 def minter(

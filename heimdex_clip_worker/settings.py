@@ -20,7 +20,7 @@ from .errors import SettingsError
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'BACKENDS', 'CALLED',
            'EXPECTED', 'BUCKET', 'SIGNING', 'CLIENT_VARIABLES', 'number', 'word', 'flag', 'matching', 'secret', 'keys',
            'networks', 'hosts', 'Variable', 'Settings', 'read', 'base_url', 'is_loopback', 'ClientSettings',
-           'from_environ', 'environment_for', 'environment_table']
+           'from_environ', 'in_environ', 'environment_for', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -488,6 +488,14 @@ def from_environ(
 ) -> Settings:
     """Return the settings of this process; raise SettingsError naming every problem at once."""
     return Settings.from_env(os.environ, checks)
+
+# %% ../nbs/01_settings.ipynb #in-environ
+def in_environ(variables: Mapping[str, Variable]) -> dict[str, Any]:  # by the same names
+    """Return what this process's environment says of some variables; raise SettingsError."""
+    values, problems = read(os.environ, variables)
+    if problems:
+        raise SettingsError(problems)
+    return values
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

@@ -27,9 +27,9 @@ from heimdex_clip_worker.console import (
 from .errors import ClipInferenceError, SettingsError, StartError
 
 # %% auto #0
-__all__ = ['GROUPS', 'COMMANDS', 'STATUSES', 'SDK_OPTIONS', 'Command', 'overview', 'parser_of', 'which', 'add_worker_arguments',
-           'run_worker', 'add_health_arguments', 'health_lines', 'run_health', 'status_of', 'leave_pipe', 'run_command',
-           'ended', 'main']
+__all__ = ['VECTORS', 'ENDPOINT', 'MACHINE', 'GROUPS', 'COMMANDS', 'STATUSES', 'SDK_OPTIONS', 'Command', 'overview', 'parser_of',
+           'which', 'add_worker_arguments', 'run_worker', 'add_health_arguments', 'health_lines', 'run_health',
+           'status_of', 'leave_pipe', 'run_command', 'ended', 'main']
 
 # %% ../nbs/14_cli.ipynb #command
 @dataclass(frozen=True)
@@ -49,62 +49,65 @@ class Command:
         package = __name__.rpartition(".")[0] or "heimdex_clip_worker"
         return importlib.import_module(f"{package}.{self.module}")
 
-# %% ../nbs/14_cli.ipynb #groups
-GROUPS = {
-    "Vectors": [
-        Command(
-            "embed", "embedding", "turn images and texts into vectors",
-            ("embed photos/ --backend local --out vectors.parquet",
-             "embed https://example.com/cat.jpg --text 'a cat' --json"),
-        ),
-        Command(
-            "search", "search", "find the images that a text, or an image, is about",
-            ("search 'a cat on a sofa' --in vectors.parquet --top 10 --backend local",),
-        ),
-        Command(
-            "backfill", "backfill", "embed a table of URLs, lossless and resumable",
-            ("backfill scenes.csv --out vectors.parquet --in-flight 8",),
-        ),
-    ],
-    "An endpoint": [
-        Command(
-            "sign", "request", "print a signed request and the curl line that sends it",
-            ("sign 'https://example.com/cat.jpg?token=t' --request-id cat",
-             "sign https://example.com/cat.jpg --endpoint http://127.0.0.1:8000"),
-        ),
-        Command(
-            "health", "cli", "tell whether the endpoint's workers are ready",
-            ("health --json",), "add_health_arguments", "run_health",
-        ),
-        Command(
-            "deploy", "deploy", "create the endpoint on RunPod, or update it",
-            ("deploy --image ghcr.io/heimdex/heimdex-clip-worker:0.1.0 --dry-run",),
-        ),
-        Command(
-            "undeploy", "deploy", "delete the endpoint",
-            ("undeploy --dry-run",), "add_undeploy_arguments", "run_undeploy",
-        ),
-    ],
-    "This machine": [
-        Command(
-            "demo", "demo", "start a worker here and embed one photograph",
-            ("demo --photo holiday.jpg",),
-        ),
-        Command(
-            "worker", "cli", "run the worker, as the platform does",
-            ("worker --rp_serve_api --rp_api_host 127.0.0.1 --rp_api_port 8000",),
-            "add_worker_arguments", "run_worker", passes_on=True,
-        ),
-        Command(
-            "platform", "platform", "run a small RunPod on this machine, for development",
-            ("platform --workers 2",),
-        ),
-        Command(
-            "verify", "verify", "prove that this machine computes the right vectors",
-            ("verify", "verify --image 000000039769.jpg --json"),
-        ),
-    ],
-}  # fmt: skip
+# %% ../nbs/14_cli.ipynb #of-vectors
+VECTORS = [
+    Command(
+        "embed", "embedding", "turn images and texts into vectors",
+        ("embed photos/ --backend local --out vectors.parquet",
+         "embed https://example.com/cat.jpg --text 'a cat' --json"),
+    ),
+    Command(
+        "search", "search", "find the images that a text, or an image, is about",
+        ("search 'a cat on a sofa' --in vectors.parquet --top 10 --backend local",),
+    ),
+    Command(
+        "backfill", "backfill", "embed a table of URLs, lossless and resumable",
+        ("backfill scenes.csv --out vectors.parquet --in-flight 8",),
+    ),
+]  # fmt: skip
+
+# %% ../nbs/14_cli.ipynb #of-an-endpoint
+ENDPOINT = [
+    Command(
+        "sign", "request", "print a signed request and the curl line that sends it",
+        ("sign 'https://example.com/cat.jpg?token=t' --request-id cat",
+         "sign https://example.com/cat.jpg --endpoint http://127.0.0.1:8000"),
+    ),
+    Command(
+        "health", "cli", "tell whether the endpoint's workers are ready",
+        ("health --json",), "add_health_arguments", "run_health",
+    ),
+    Command(
+        "deploy", "deploy", "create the endpoint on RunPod, or update it",
+        ("deploy --image ghcr.io/heimdex/heimdex-clip-worker:0.1.0 --dry-run",),
+    ),
+    Command(
+        "undeploy", "deploy", "delete the endpoint",
+        ("undeploy --dry-run",), "add_undeploy_arguments", "run_undeploy",
+    ),
+]  # fmt: skip
+
+# %% ../nbs/14_cli.ipynb #of-this-machine
+MACHINE = [
+    Command(
+        "demo", "demo", "start a worker here and embed one photograph",
+        ("demo --photo holiday.jpg",),
+    ),
+    Command(
+        "worker", "cli", "run the worker, as the platform does",
+        ("worker --rp_serve_api --rp_api_host 127.0.0.1 --rp_api_port 8000",),
+        "add_worker_arguments", "run_worker", passes_on=True,
+    ),
+    Command(
+        "platform", "platform", "run a small RunPod on this machine, for development",
+        ("platform --workers 2",),
+    ),
+    Command(
+        "verify", "verify", "prove that this machine computes the right vectors",
+        ("verify", "verify --image 000000039769.jpg --json"),
+    ),
+]  # fmt: skip
+GROUPS = {"Vectors": VECTORS, "An endpoint": ENDPOINT, "This machine": MACHINE}
 COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
 
 # %% ../nbs/14_cli.ipynb #overview
@@ -138,7 +141,8 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
     )
     getattr(command.load(), command.adds)(parser)
     examples = "\n".join(f"  heimdex-clip {example}" for example in command.examples)
-    parser.epilog = f"example:\n{examples}" + (f"\n\n{parser.epilog}" if parser.epilog else "")
+    if "heimdex-clip " not in (parser.epilog or ""):
+        parser.epilog = "\n\n".join(filter(None, [parser.epilog, f"example:\n{examples}"]))
     return parser
 
 # %% ../nbs/14_cli.ipynb #which

@@ -22,6 +22,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['SUFFIXES', 'Pair', 'CHUNK', 'HEAD', 'Source', 'images_below', 'check_sources', 'named_urls', 'sources', 'read_file',
+           'worker_settings', 'open_worker', 'reply_to', 'in_order', 'through_local', 'wind_up', 'through_client',
+           'check_endpoint_sources', 'add_backend', 'results', 'row', 'json_line', 'reason', 'Tally', 'report',
+           'add_arguments', 'run']
+
+# %% ../nbs/13d_embedding.ipynb #our-imports
 from heimdex_clip_worker.console import (
     DONE,
     SOME_FAILED,
@@ -34,24 +41,16 @@ from heimdex_clip_worker.console import (
     say,
     without_query,
 )
-from .errors import DownloadError, ImageTooLarge
+from .errors import DownloadError, ImageTooLarge, SettingsError
 from heimdex_clip_worker.settings import (
     AUTH,
     CLIENT_VARIABLES,
-    IMAGES,
-    MODEL,
-    SERVICE,
+    VARIABLES,
     Settings,
     in_environ,
     read,
 )
 from .vectors import Writer, storable
-
-# %% auto #0
-__all__ = ['SUFFIXES', 'Pair', 'CHUNK', 'HEAD', 'Source', 'images_below', 'check_sources', 'named_urls', 'sources', 'read_file',
-           'worker_settings', 'open_worker', 'reply_to', 'in_order', 'through_local', 'wind_up', 'through_client',
-           'check_endpoint_sources', 'add_backend', 'results', 'row', 'json_line', 'reason', 'Tally', 'report',
-           'add_arguments', 'run']
 
 # %% ../nbs/13d_embedding.ipynb #source
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif")
@@ -135,11 +134,12 @@ def read_file(path: str, max_bytes: int) -> bytes:
 def worker_settings() -> Settings:
     """Return the worker's settings without this machine's keys; raise SettingsError."""
     values, _ = read({"EMBEDDING_HMAC_SECRET": secrets.token_hex(32)}, AUTH)
-    return Settings(**values, **in_environ({**MODEL, **IMAGES, **SERVICE}))
+    rest = {name: variable for name, variable in VARIABLES.items() if name not in AUTH}
+    return Settings(**values, **in_environ(rest))
 
 # %% ../nbs/13d_embedding.ipynb #open-worker
 def open_worker(settings: Settings) -> Any:  # handler.Worker
-    """Return a worker on this machine that reads files, too; raise CommandError, ModelError."""
+    """Return a worker on this machine that reads files, too; raise CommandError, StartError."""
     with needs("worker", "Embedding on this machine (backend local)"):
         from heimdex_clip_worker import handler
         from heimdex_clip_worker.batch import Downloads
@@ -150,6 +150,9 @@ def open_worker(settings: Settings) -> Any:  # handler.Worker
                 return await super().fetch(url)
             return await asyncio.to_thread(read_file, url, self.limits.max_bytes)
 
+    problems = handler.model_problems(vars(settings))
+    if problems:
+        raise SettingsError(problems)
     handler.set_up_logging("ERROR")
     worker = handler.build(settings)
     worker.service.pipeline.downloads = FilesToo(*handler.limits_of(settings))

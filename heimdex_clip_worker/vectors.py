@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from .console import USAGE, CommandError, needs
 if TYPE_CHECKING:
     import numpy
     import pyarrow
+    from pyarrow import parquet
 
 # %% auto #0
-__all__ = ['BLOCK', 'Block', 'schema', 'storable', 'Writer', 'column_names', 'blocks', 'spaces_of']
+__all__ = ['BLOCK', 'Block', 'schema', 'storable', 'Writer', 'open_part', 'rows_table', 'removed_at_the_end', 'column_names',
+           'blocks', 'spaces_of']
 
 # %% ../nbs/13c_vectors.ipynb #schema
 BLOCK = 4096  # rows kept in memory before they are written; 8 MB at 512 numbers each
@@ -42,7 +45,7 @@ class Writer:
     def __init__(self, path: Path):
         self.path, self.part = path, path.with_name(f".{path.name}.{os.getpid()}.part")
         self.count, self._rows, self._file = 0, [], None
-        with needs("backfill", "a file of vectors"):
+        with needs("backfill", "A file of vectors"):
             import pyarrow.parquet  # noqa: F401
         if path.is_dir() or not path.parent.is_dir():
             raise CommandError(f"{path} cannot be a file: is there such a folder?", status=USAGE)
@@ -56,30 +59,47 @@ class Writer:
             self._flush()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        columns = schema(len(self._rows[0][1]))
-        if self._file is None:
-            self._file = parquet.ParquetWriter(self.part, columns, compression="zstd")
-        values = zip(*self._rows, strict=True)
-        arrays = [pa.array(v, f.type) for v, f in zip(values, columns, strict=True)]
-        self._file.write_table(pa.Table.from_arrays(arrays, schema=columns))
+        self._file = self._file or open_part(self.part, len(self._rows[0][1]))
+        self._file.write_table(rows_table(self._rows))
         self._rows = []
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
+        with removed_at_the_end(self.part):
             if kind is None and self._rows:
                 self._flush()
             if self._file is not None:
                 self._file.close()
                 if kind is None:
                     self.part.replace(self.path)
-        finally:
-            self.part.unlink(missing_ok=True)
+
+# %% ../nbs/13c_vectors.ipynb #parts-of-the-writer
+def open_part(path: Path, dim: int) -> parquet.ParquetWriter:
+    """Return a writer of vectors with `dim` numbers each; raise OSError."""
+    from pyarrow import parquet
+
+    return parquet.ParquetWriter(path, schema(dim), compression="zstd")
+
+
+def rows_table(rows: list[list[Any]]) -> pyarrow.Table:
+    """Return rows, each in the order of the columns, as a table."""
+    import pyarrow as pa
+
+    columns = schema(len(rows[0][1]))
+    values = zip(*rows, strict=True)
+    arrays = [pa.array(v, f.type) for v, f in zip(values, columns, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+@contextmanager
+def removed_at_the_end(path: Path) -> Iterator[None]:
+    """Leave no file at `path` behind, whatever happens in the block."""
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/13c_vectors.ipynb #column-names
 def column_names(columns: pyarrow.Schema) -> tuple[str, str, str]:  # of id, vector and space
@@ -107,7 +127,7 @@ Block = tuple[list[str], "numpy.ndarray", set[str]]  # n names, (n, dim) float32
 
 def blocks(path: Path) -> Iterator[Block]:
     """Yield the vectors of a file; raise CommandError."""
-    with needs("backfill", "a file of vectors"):
+    with needs("backfill", "A file of vectors"):
         import numpy as np
         import pyarrow as pa
         from pyarrow import parquet

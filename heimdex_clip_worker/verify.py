@@ -47,7 +47,7 @@ def judged(name: str, turned: float, allowed: float, said: str) -> Check:
     """Return the answer for a largest 1 - cosine."""
     good = turned <= allowed  # never true of NaN
     sign = "<=" if good else ">"
-    text = f"{said}: 1 - cosine {max(turned, 0):.1e} {sign} {allowed:.0e} allowed"
+    text = f"{said}: 1 - cosine {max(turned, 0):.1e} {sign} {allowed:.1e} allowed"
     return Check(name, "OK" if good else "FAILED", text)
 
 # %% ../nbs/13g_verify.ipynb #this-machine
@@ -88,19 +88,16 @@ def load_weights(settings: Settings) -> tuple[Any, Any]:  # embed.Embedder, text
 
 def weights_in_use(images: Any, texts: Any) -> Check:
     """Compare the weights in use with their own golden vectors."""
-    from heimdex_clip_worker.artifact import DRIFT, drift, golden_pixels
-
     name = "weights in use"
     said = f"{images.model_name} ({images.pretrained}, {images.activation}) "
     said += f"{'without' if texts is None else 'with'} texts, space {images.space_id}"
-    if images.golden is None:
-        return Check(name, "skipped", f"{said}: no golden vectors for images that are not square")
     try:
-        images.warm_up()
-        turned = drift(images.encode(golden_pixels(images.image_size)), images.golden)
+        fitness = images.warm_up()
     except (ModelError, WorkerError) as error:
         return Check(name, "FAILED", getattr(error, "detail", "") or str(error))
-    return judged(name, turned, DRIFT[images.precision], said)
+    if fitness is None:
+        return Check(name, "skipped", f"{said}: no golden vectors for images that are not square")
+    return judged(name, fitness.turned, fitness.allowed, said)
 
 # %% ../nbs/13g_verify.ipynb #published
 PHOTO = "http://images.cocodataset.org/val2017/000000039769.jpg"

@@ -39,8 +39,8 @@ from .settings import is_loopback
 
 # %% auto #0
 __all__ = ['MAX_ANSWER_BYTES', 'CONNECT_S', 'WAIT_S', 'GRACE_S', 'FIRST_S', 'LONGEST_S', 'PASSING', 'ENDED', 'MOST_UNREADABLE',
-           'Call', 'open_session', 'Answer', 'exchange', 'pause', 'asked_pause', 'refusal_of', 'safe', 'worker_error',
-           'output_of', 'Signer', 'Exchanges', 'ask', 'id_of', 'poll_pause', 'Endpoint']
+           'Call', 'open_session', 'Answer', 'exchange', 'pause', 'asked_pause', 'expired', 'refusal_of', 'safe',
+           'worker_error', 'output_of', 'Signer', 'Exchanges', 'ask', 'id_of', 'poll_pause', 'Endpoint']
 
 # %% ../nbs/09_endpoint.ipynb #call
 class Call:
@@ -255,6 +255,11 @@ def _passing(status: int) -> ClipInferenceNetworkError:
     return ClipInferenceNetworkError(message, code=code)
 
 
+def expired() -> ClipInferenceError:
+    """Return the error for a job that the platform has forgotten."""
+    return ClipInferenceError("The platform has forgotten the job", code="JOB_EXPIRED")
+
+
 def refusal_of(
     answer: Answer,
     of_job: bool = False,  # whether the question was for a job of ours
@@ -269,7 +274,7 @@ def refusal_of(
         message = f"The platform refused the API key (HTTP {status}), not the signature"
         return ClipInferenceAuthError(f"{message}: check RUNPOD_API_KEY", code="API_KEY_REFUSED")
     if status == 404 and of_job:
-        return ClipInferenceError("The platform has forgotten the job", code="JOB_EXPIRED")
+        return expired()
     if status == 404:
         return ClipInferenceSetupError(
             "The platform knows no such endpoint (HTTP 404): check RUNPOD_CLIP_ENDPOINT_ID",
@@ -467,8 +472,14 @@ class _Jobs:
             job = {"input": self.signer.sign(job_input, left), "policy": policy}
             return json.dumps(job).encode("ascii")
 
-        path = f"/runsync?wait={math.ceil(1000 * held_s)}"
-        return ask(self.exchanges, call, "POST", path, body, held_s + GRACE_S, self.cancel_late)
+        path, most_s = f"/runsync?wait={math.ceil(1000 * held_s)}", held_s + GRACE_S
+        try:
+            return ask(self.exchanges, call, "POST", path, body, most_s, self.cancel_late)
+        except ClipInferenceSetupError as error:
+            if error.code != "ENDPOINT_NOT_FOUND":
+                raise
+        ask(self.exchanges, call, "GET", "/health")  # raises the same when that is what it was
+        raise expired()
 
     def cancel(self, job_id: str) -> Future[Answer] | None:
         """Start cancelling a job; None when it is too late for that."""

@@ -20,7 +20,7 @@ from .errors import SettingsError
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'BACKENDS', 'CALLED',
            'EXPECTED', 'BUCKET', 'SIGNING', 'CLIENT_VARIABLES', 'DEPLOYMENT', 'number', 'word', 'flag', 'matching',
            'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'base_url', 'is_loopback',
-           'ClientSettings', 'from_environ', 'worker_variables', 'DeploySettings', 'environment_for',
+           'ClientSettings', 'from_environ', 'worker_variables', 'DeploySettings', 'in_environ', 'environment_for',
            'worker_environment', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
@@ -536,6 +536,14 @@ class DeploySettings:
             raise SettingsError(problems)
         hidden = [variable.name for variable in VARIABLES.values() if variable.hidden]
         return cls(**values, secrets={name: env[name] for name in hidden if env.get(name)})
+
+# %% ../nbs/01_settings.ipynb #in-environ
+def in_environ(variables: Mapping[str, Variable]) -> dict[str, Any]:  # by the same names
+    """Return what this process's environment says of some variables; raise SettingsError."""
+    values, problems = read(os.environ, variables)
+    if problems:
+        raise SettingsError(problems)
+    return values
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

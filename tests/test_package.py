@@ -143,6 +143,7 @@ def test_a_plain_install_carries_only_what_a_caller_needs(wheel: zipfile.ZipFile
 def test_the_commands_are_the_modules_mains(wheel: zipfile.ZipFile) -> None:
     lines = metadata(wheel, "entry_points.txt").split()
     assert {line for line in lines if "heimdex_clip_worker" in line} >= {
+        "heimdex_clip_worker.cli:main",
         "heimdex_clip_worker.handler:main",
         "heimdex_clip_worker.demo:main",
     }

@@ -619,6 +619,7 @@ AVIFS = [
         "avif-table-of-100000-bytes", lambda: av.avif(*[replace(cell(), properties=())] * 6000)
     ),
     limited("avif-30000-properties", lambda: av.avif(cell(), more=av.box(b"free") * 30_000)),
+    damaged("avif-box-of-no-length", lambda: av.box(av.FTYP) + b"\0\0\0\1free" + bytes(8)),
     damaged("avif-in-another-item", in_another_item),
     damaged("avif-6-million-extents-of-no-bytes", lambda: extents_of_no_bytes(100)),
     damaged("avif-grid-of-itself", lambda: av.avif(*grid(), links=[(b"dimg", 1, [1, 1])])),

@@ -234,7 +234,7 @@ class Sequence:
     grey: bool = False
     weight: float = 1.0  # what a pixel costs, in pixels of eight bits
 
-
+# %% ../nbs/02b_avif.ipynb #read-sequence
 def read_sequence(data: bytes) -> Sequence:
     """Return what a sequence header says (AV1 specification, 5.5); raise DecodeFailed."""
     reader = Reader(data)
@@ -328,7 +328,7 @@ def overrides_size(data: bytes, sequence: Sequence) -> bool:
     reader.bits(sequence.id_bits)
     return kind == SWITCH or bool(reader.bits(1))
 
-
+# %% ../nbs/02b_avif.ipynb #coded-pixels
 def frame_pixels(sequence: Sequence, header: bytes, told: tuple[int, int], alpha: bool) -> float:
     """Return what a frame costs, in pixels of eight bits, scaling it to the size told included."""
     width, height = sequence.size

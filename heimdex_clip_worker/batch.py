@@ -25,8 +25,8 @@ from .errors import InferenceFailed, InvalidRequest, StartError
 from .preprocess import one_torch_thread
 
 # %% auto #0
-__all__ = ['Waiting', 'Downloads', 'Hold', 'Budget', 'in_thread', 'settle', 'Batcher', 'usable_cpus', 'Vector', 'Texts',
-           'Computing', 'Pipeline', 'timings', 'embed_url', 'embed_text']
+__all__ = ['Line', 'Waiting', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher', 'usable_cpus', 'Vector',
+           'Texts', 'Computing', 'Pipeline', 'timings', 'embed_url', 'embed_text']
 
 # %% ../nbs/05_batch.ipynb #downloads
 class Downloads:
@@ -60,8 +60,9 @@ class Downloads:
 class Hold:
     """A part of a budget, held until the block is left; it can only become less."""
 
-    def __init__(self, budget: Budget, count: int, job: object):
-        self.budget, self.count, self.job = budget, min(count, budget.total), job
+    def __init__(self, budget: Budget, count: int, job: object = None):  # None: one of its own
+        self.budget, self.count = budget, min(count, budget.total)  # at most all there is
+        self.job = object() if job is None else job
 
     async def __aenter__(self) -> Hold:
         await self.budget.take(self.count, self.job)
@@ -76,6 +77,16 @@ class Hold:
             self.count, spare = count, self.count - count
             self.budget.give_back(spare, self.job)
 
+# %% ../nbs/05_batch.ipynb #a-line
+Line = deque[tuple[int, asyncio.Future[None]]]  # how much, and who waits for it
+
+
+def waiting(line: Line) -> bool:
+    """Let those go who were cancelled at the front of a line; tell whether anybody is left."""
+    while line and line[0][1].done():
+        line.popleft()
+    return bool(line)
+
 # %% ../nbs/05_batch.ipynb #the-budget-itself
 class Budget:
     """A number of bytes, or of turns, that jobs share; whoever finds too few free waits."""
@@ -83,11 +94,7 @@ class Budget:
     def __init__(self, total: int):
         self.total, self.free = total, total
         self._held: Counter[object] = Counter()  # by job
-        self._lines: dict[object, deque[tuple[int, asyncio.Future[None]]]] = {}  # whose turn first
-
-    def hold(self, count: int, job: object = None) -> Hold:
-        """Return `count`, at most all there is, for an `async with`; None: a job of its own."""
-        return Hold(self, count, object() if job is None else job)
+        self._lines: dict[object, Line] = {}  # by job, whose turn it is first
 
     async def take(self, count: int, job: object) -> None:
         """Wait until it is this one's turn and `count` is free, and take it."""
@@ -99,37 +106,27 @@ class Budget:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was granted in the same moment
                 self.give_back(count, job)
-            else:
-                self._serve()  # who stood behind may fit
             raise
 
     def give_back(self, count: int, job: object) -> None:
         """Make `count` free for whoever is next."""
         self.free += count
         self._held[job] -= count
-        if not self._held[job]:
-            del self._held[job]
+        self._held += Counter()  # forget who holds nothing
         self._serve()
 
     def _serve(self) -> None:
         refused = 0  # in a row
         while refused < len(self._lines):
             job = next(iter(self._lines))
-            line = self._lines.pop(job)
-            while line and line[0][1].done():  # cancelled
-                line.popleft()
-            if line:
+            line, refused = self._lines.pop(job), refused + 1
+            if waiting(line):
                 self._lines[job] = line  # behind the others
-                granted = self._grant(job, *line[0])
-                refused = 0 if granted else refused + 1
-
-    def _grant(self, job: object, count: int, turn: asyncio.Future[None]) -> bool:
-        if count > self.free or self._held[job] >= self.free:
-            return False
-        self.free -= count
-        self._held[job] += count
-        turn.set_result(None)
-        return True
+                if line[0][0] <= self.free and self._held[job] < self.free:
+                    count, turn = line.popleft()
+                    self.free, refused = self.free - count, 0
+                    self._held[job] += count
+                    turn.set_result(None)
 
 # %% ../nbs/05_batch.ipynb #in-thread
 async def in_thread(
@@ -358,11 +355,11 @@ async def embed_url(
     """Return the vector of the image behind `url`; raise WorkerError subclasses only."""
     start = time.perf_counter()
     most = pipeline.downloads.limits.max_bytes
-    async with pipeline.budget.hold(most, job) as held:
+    async with Hold(pipeline.budget, most, job) as held:
         data = await pipeline.downloads.fetch(url)
         held.shrink_to(len(data))
         work = pipeline.computing.pixels
-        async with pipeline.turns.hold(1, job):
+        async with Hold(pipeline.turns, 1, job):
             size, pixels, decode_s = await in_thread(pipeline.pools["decode"], work, data)
         del data
         held.shrink_to(pixels.nbytes)

@@ -223,11 +223,11 @@ BATCH = [
         "        if tuple(rows.shape) !=",
         "        if False and tuple(rows.shape) !=",
     ),
-    ("bytes in flight", "count > self.free or ", ""),
-    ("no job takes it all", " or self._held[job] >= self.free:", ":"),
+    ("bytes in flight", "line[0][0] <= self.free and ", ""),
+    ("no job takes it all", " and self._held[job] < self.free:", ":"),
     (
         "no job has all the threads",
-        "        async with pipeline.turns.hold(1, job):",
+        "        async with Hold(pipeline.turns, 1, job):",
         "        if True:",
     ),
 ]

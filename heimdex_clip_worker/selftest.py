@@ -10,17 +10,18 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import heimdex_clip_worker
-from .artifact import DRIFT, drift, golden_pixels
+import torch
+
+from .artifact import DRIFT, GOLDEN_PHOTOS, PHOTOS, drift
 from .batch import Pipeline, in_thread, timings
 from .contract import UNKNOWN, Space
+from .embed import FAST, Embedder
 from .errors import InferenceFailed, WorkerError
 
 log = logging.getLogger("heimdex_clip_worker")
-PHOTO = Path(heimdex_clip_worker.__file__).parent / "photos" / "chelsea.jpg"
+PHOTO = PHOTOS / GOLDEN_PHOTOS[0]
 
 # %% auto #0
 __all__ = ['log', 'PHOTO', 'EVERY_S', 'is_selftest', 'embed_photo', 'check_golden', 'run_once', 'Selftest']
@@ -45,19 +46,15 @@ async def embed_photo(pipeline: Pipeline) -> tuple[list[float], dict[str, float]
     return values, timings(start, ready, began, decode_s)
 
 
-async def check_golden(pipeline: Pipeline) -> float | None:
-    """Return the least cosine to the golden rows, None without any; raise InferenceFailed."""
-    model = pipeline.embedder
-    golden = getattr(model, "golden", None)
-    if golden is None:
+def check_golden(model: Embedder, values: list[float]) -> float | None:
+    """Return the cosine to the golden vector, None without one; raise InferenceFailed."""
+    photos = getattr(model, "photos", None)
+    if photos is None:
         return None
-    pixels = golden_pixels(model.image_size)
-    rows = await in_thread(pipeline.pools["model"], model.encode, pixels)
-    turned = drift(rows, golden)
-    if not turned <= DRIFT[model.precision]:
-        raise InferenceFailed(
-            detail=f"selftest: 1 - cosine {turned:.1e} > {DRIFT[model.precision]:.0e}"
-        )
+    allowed = DRIFT[model.precision] + (FAST if model.quality == "fast" else 0)
+    turned = drift(torch.tensor([values]), photos[:1])
+    if not turned <= allowed:
+        raise InferenceFailed(detail=f"selftest: 1 - cosine {turned:.1e} > {allowed:.0e}")
     return round(1 - turned, 7)
 
 # %% ../nbs/05a_selftest.ipynb #run-once
@@ -67,7 +64,7 @@ async def run_once(pipeline: Pipeline, space: Space) -> dict[str, Any]:
     length = math.sqrt(sum(value * value for value in values))
     if len(values) != space.dim or not abs(length - 1) < 1e-3:
         raise InferenceFailed(detail=f"selftest: {len(values)} numbers of length {length:.4f}")
-    cosine = await check_golden(pipeline)
+    cosine = check_golden(pipeline.embedder, values)
     log.info("Selftest passed in %.3fs (cosine %s)", spent["total_ms"] / 1e3, cosine)
     return {
         "request_id": UNKNOWN,

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "text": {"errors", "weights", "tower", "artifact", "embed"},
     "bake": {"errors", "weights", "tower", "artifact", "embed", "text"},
     "batch": {"errors", "download", "decode", "preprocess", "embed"},
-    "selftest": {"errors", "contract", "artifact", "batch"},
+    "selftest": {"errors", "contract", "artifact", "embed", "batch"},
     "handler": {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
         "embed", "text", "batch", "selftest",

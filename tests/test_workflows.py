@@ -7,11 +7,13 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from local_worker import plain_env
 
 from heimdex_clip_worker.settings import DEPLOYMENT, VARIABLES
 
@@ -211,3 +213,15 @@ def test_the_tag_is_held_to_the_version(tmp_path):
         assert done.returncode == status, done.stderr
     written = (tmp_path / f"v{version}").read_text()
     assert written == f"IMAGE=ghcr.io/heimdex/heimdex-clip-worker:{version}\n"
+
+
+@pytest.mark.parametrize("switch, status", [("on", 0), ("off", 1)])
+def test_the_image_is_started_with_a_job_that_tells(tmp_path, switch, status):
+    [words] = [words for _, step in STEPS for words in code(step) if "--test_input" in words]
+    job = words[words.index("--test_input") :]
+    said = {"EMBEDDING_HMAC_SECRET": "an-example-secret-of-32-bytes-ok", "CLIP_SELFTEST": switch}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "fake_worker.py"), *job],
+        env=plain_env(tmp_path, **said), cwd=tmp_path, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr

@@ -39,16 +39,11 @@ class Broken(Counting):
 
 
 class Turned(FakeEmbedder):
-    """A model whose golden rows are not what it computes."""
-
-    def encode(self, pixels):
-        flat = pixels.float().flatten(1)[:, : self.dim]
-        return torch.nn.functional.pad(flat + 1, (0, self.dim - flat.shape[1]))
+    """A model whose golden vectors are not what it computes."""
 
     @classmethod
     def load(cls, *args, **kwargs):
-        rows = torch.eye(3, 512)
-        return replace(super().load(*args, **kwargs), golden=rows, image_size=32)
+        return replace(super().load(*args, **kwargs), photos=torch.eye(3, 512))
 
 
 def ask(work, *, model=FakeEmbedder, selftest=True):

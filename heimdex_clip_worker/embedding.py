@@ -154,6 +154,7 @@ def open_worker(settings: Settings) -> Any:  # handler.Worker
     if problems:
         raise SettingsError(problems)
     handler.set_up_logging("ERROR")
+    say(f"Loading {settings.model_name} ({settings.pretrained})", "INFO")
     worker = handler.build(settings)
     worker.service.pipeline.downloads = FilesToo(*handler.limits_of(settings))
     return worker
@@ -261,10 +262,11 @@ def results(
     items: Iterable[Source], given: list[str], backend: str | None, normalize: bool = True
 ) -> Iterator[Iterator[Pair]]:
     """Yield sources with their results; raise CommandError, SettingsError, ClipInferenceError."""
-    chosen = backend or in_environ({"": CLIENT_VARIABLES["backend"]})[""]
+    told = in_environ({name: CLIENT_VARIABLES[name] for name in ("backend", "model_version")})
+    chosen, version = backend or told["backend"], {"model_version": told["model_version"]}
     if chosen == "local":
         with closing(through_local(items, open_worker(worker_settings()), normalize)) as pairs:
-            yield pairs
+            yield ((s, r if "error" in r else r | version) for s, r in pairs)
         return
     from heimdex_clip_worker.client import ClipClient
 

@@ -66,8 +66,12 @@ class Source:
 
 
 def images_below(folder: str) -> Iterator[str]:
-    """Yield the paths of the images in a folder and in those below it."""
-    for here, folders, files in os.walk(folder):
+    """Yield the paths of the images in a folder and in those below it; raise OSError."""
+
+    def refuse(error: OSError) -> None:  # `walk` would pass over what it may not read
+        raise error
+
+    for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -162,13 +166,15 @@ def open_worker(settings: Settings) -> Any:  # handler.Worker
 
 async def reply_to(source: Source, worker: Any, normalize: bool = True) -> dict[str, Any]:
     """Return a source's result in the contract's shape, or what went wrong."""
-    from heimdex_clip_worker.contract import Item, Request
+    from heimdex_clip_worker.contract import UNKNOWN, parse
     from heimdex_clip_worker.handler import embed_item, guarded
 
-    service, item = worker.service, Item(source.value, normalize=normalize)
-    request = Request("text" if source.form == "text" else "image_url", (item,))
-    work = embed_item(service.pipeline, service.space, request, item)
-    return await guarded(work, item.request_id)
+    async def work() -> dict[str, Any]:
+        form = "text" if source.form == "text" else "image_url"
+        request, service = parse({form: source.value, "normalize": normalize}), worker.service
+        return await embed_item(service.pipeline, service.space, request, request.items[0])
+
+    return await guarded(work(), UNKNOWN)
 
 # %% ../nbs/13d_embedding.ipynb #in-order
 Pair = tuple[Source, dict[str, Any]]  # and its result, or its error

@@ -65,6 +65,7 @@ class Writer:
         self._rows = []
 
     def __enter__(self) -> Writer:
+        self.part.touch()  # better fail now than when all is embedded
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

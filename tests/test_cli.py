@@ -409,6 +409,20 @@ def test_weights_that_are_not_there_fail_and_the_rest_is_skipped(
     assert found == ["OK", "FAILED", "skipped"]
 
 
+@pytest.mark.parametrize(("last", "status"), [("OK", 0), ("skipped", 0), ("FAILED", 1)])
+def test_only_what_failed_counts(
+    last: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from heimdex_clip_worker import cli
+    from heimdex_clip_worker import verify as command
+
+    found = [command.Check("this machine", "OK", ""), command.Check("the other", last, "why\x1b")]
+    monkeypatch.setattr(command, "checks", lambda settings, image: iter(found))
+    monkeypatch.setattr("heimdex_clip_worker.handler.set_up_logging", lambda level: None)
+    assert cli.ended(["verify"]) == status
+    assert capsys.readouterr().out.splitlines()[1].split() == [last, "the", "other", "why\\x1b"]
+
+
 def test_golden_vectors_that_are_not_met_fail(towers: tuple[object, object]) -> None:
     from heimdex_clip_worker.verify import weights_in_use
 

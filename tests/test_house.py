@@ -280,6 +280,14 @@ def test_the_readme_names_every_environment_variable() -> None:
     assert sorted(name for name in names if f"`{name}`" not in text) == []
 
 
+def test_the_readme_names_every_command() -> None:
+    from heimdex_clip_worker.cli import COMMANDS, STATUSES
+
+    text = README.read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`{name}`" not in text] == []
+    assert [status for status in STATUSES if f"| {status} |" not in text] == []
+
+
 def test_the_readme_names_every_error_code() -> None:
     from heimdex_clip_worker.errors import CALLER_CODES, error_table
 

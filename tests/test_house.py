@@ -43,11 +43,14 @@ MAY_IMPORT = {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
         "embed", "text", "batch",
     },
+    "jobs": set(),
+    "processes": set(),
     "client": {"errors", "auth", "contract", "settings"},
     "backfill": {"errors", "settings", "client", "contract"},
 }  # fmt: skip
 COMMANDS = {"demo", "platform", "cli"}  # may import anything, the heavy things inside functions
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
+BUILT |= {"jobs", "processes", "platform"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {
     "download": {"torch", "torchvision", "open_clip", "requests", "runpod"},
@@ -64,6 +67,7 @@ MAY_NOT_IMPORT = {
     "backfill": HEAVY,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
+STANDARD_LIBRARY_ONLY |= {"jobs", "processes"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}
 DISTRIBUTION = {  # where the names differ
     "PIL": "pillow",

@@ -22,6 +22,7 @@ from local_worker import PhotoServer, plain_env
 from test_production_loop import FAKE, fake_vector, signed
 
 from heimdex_clip_worker import platform as module
+from heimdex_clip_worker.jobs import jobs_for
 from heimdex_clip_worker.platform import (
     MIB,
     Fault,
@@ -289,7 +290,7 @@ def test_rates_are_the_documented_ones(server):
 
 
 def test_a_rate_is_per_operation_and_over_in_its_window():
-    rates = {"status": (2, None)}
+    rates = {"status": (2, 400)}
     with PlatformServer(rates=rates, rate_window_s=0.6, retry_after_s=1) as server:
         job = server.submit({})
         answers = [call(server, "GET", f"/status/{job}") for _ in range(3)]
@@ -476,7 +477,7 @@ async def through(platform: Platform, jobs: int, output: object) -> None:
     for number in range(jobs):
         platform.enqueue(Job(f"{platform.calls['n']}", '{"a": 1}', False, 60, 60))
         platform.calls["n"] += 1
-        for job in await platform.take(worker, 1):
+        for job in await jobs_for(platform, worker, 1):
             accept(platform, job, {"output": output}, "pod-1")
         if number % 100 == 0:
             worker.heard_at = time.monotonic()

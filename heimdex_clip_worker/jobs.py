@@ -358,8 +358,9 @@ class Platform(Dispatcher):
             return
         worker.polls, worker.unhealthy = False, unhealthy
         worker.stops.clear()
-        for name in sorted(worker.jobs, reverse=True):
-            self.put_back(self.jobs[name], "the worker died")
+        mine = sorted((self.jobs[name] for name in worker.jobs), key=lambda job: job.queued_at)
+        for job in reversed(mine):  # each goes to the head
+            self.put_back(job, "the worker died")
         if not worker.supervised:
             del self.workers[pod]
 

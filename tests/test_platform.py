@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -392,8 +393,9 @@ def test_a_silent_worker_loses_its_jobs_and_its_late_reply_still_counts():
     with PlatformServer(lost_after_s=1.0, take_hold_s=0.1) as server:
         jobs = [server.submit({"n": n}) for n in range(2)]
         assert [take(server), take(server)] == jobs
-        work(server, "GET", "/job-take/pod-2")
-        until(lambda: len(server.platform.queue) == 2, 5, "the jobs are not put back")
+        later = server.submit({})
+        until(lambda: len(server.platform.queue) == 3, 5, "the jobs are not put back")
+        assert [*server.platform.queue] == [*jobs, later]
         assert server.health()["jobs"]["retried"] == 2
         assert reply(server, jobs[0], pod="pod-1", output="late") == 200
         assert [take(server, "pod-2")] == jobs[1:]
@@ -610,12 +612,12 @@ def test_the_real_handler_answers_through_it(tmp_path):
 
 # --- nothing is left behind ---------------------------------------------------
 
+QUIET = "import os, time; os.fork(); os.write(1, b'pid %d\\n' % os.getpid()); time.sleep(600)"
 OWNER = f"""
 import sys, time
 from heimdex_clip_worker.platform import LocalPlatform
-with LocalPlatform(command=[sys.executable, {SDK!r}], echo=print) as local:
-    local.wait_ready()
-    print("pid", local.runsync({{}})["output"]["pid"], flush=True)
+command = [sys.executable, "-c", {QUIET!r}]
+with LocalPlatform(command=command, echo=lambda line: print(line, flush=True)):
     time.sleep(600)
 """
 
@@ -640,12 +642,17 @@ def test_workers_end_even_when_the_platform_is_killed(tmp_path):
         command, env=plain_env(tmp_path), stdout=subprocess.PIPE, text=True
     ) as owner:
         try:
-            pid = next(int(line.split()[1]) for line in owner.stdout if line.startswith("pid "))
-            group = os.getpgid(pid)
-            assert len(group_of(group)) >= 3  # guard, worker, heartbeat
+            lines = (re.fullmatch(r"pod-1 \| pid (\d+)\n", line) for line in owner.stdout)
+            pids = [int(next(filter(None, lines))[1]) for _ in range(2)]
+            group = os.getpgid(pids[0])
+            assert len(group_of(group)) == 3  # the guard, the worker and its child
         finally:
             owner.kill()
-        until(lambda: not group_of(group), 10, "processes are left behind")
+        try:
+            until(lambda: not group_of(group), 10, "processes are left behind")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
 
 COMMAND = """

@@ -29,7 +29,7 @@ from typing import Any
 import requests
 
 # %% auto #0
-__all__ = ['log', 'MS', 'WEEK_S', 'OPERATIONS', 'NEEDS_AIOHTTP', 'WORKER', 'SIGNALS', 'HMAC', 'INTRODUCTION', 'EXAMPLE', 'body',
+__all__ = ['log', 'MS', 'WEEK_S', 'OPERATIONS', 'NEEDS_AIOHTTP', 'WORKER', 'SIGNALS', 'HMAC', 'INTRODUCTION', 'EXAMPLE', 'read',
            'parsed', 'milliseconds', 'submit', 'on_run', 'on_runsync', 'on_status', 'on_stream', 'on_cancel',
            'on_retry', 'on_purge', 'on_health', 'on_take', 'on_done', 'accept', 'on_stop', 'on_ping', 'on_chunk',
            'Operation', 'Door', 'Dropped', 'answer', 'application', 'hung_up', 'Server', 'serve', 'worker_env',
@@ -57,11 +57,14 @@ from .settings import environment_for, worker_variables
 log = logging.getLogger(__name__)
 
 # %% ../nbs/12_platform.ipynb #body
-async def body(request: Any, limit: int) -> dict[str, Any]:
-    """Return the JSON object that a request carries."""
-    if (request.content_length or 0) > limit or len(data := await request.read()) > limit:
-        raise Refused(400, f"bad request: body: exceeded max body size of {limit // MIB}MiB")
-    return parsed(data)
+async def read(request: Any, limit: int) -> bytes:
+    """Return the body of a request, and no more of it than is allowed."""
+    data, size = bytearray(), request.content_length or 0
+    async for piece in request.content.iter_any():
+        data += piece
+        if max(len(data), size) > limit:
+            raise Refused(400, f"bad request: body: exceeded max body size of {limit // MIB}MiB")
+    return bytes(data)
 
 
 def parsed(data: bytes) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def milliseconds(said: Any, name: str, low_s: float, high_s: float) -> float:  #
 async def submit(platform: Platform, request: Any, *, sync: bool) -> Job:
     """Queue the job that a request asks for."""
     limits = platform.behaviour
-    asked = await body(request, limits.max_runsync_bytes if sync else limits.max_run_bytes)
+    limit = limits.max_runsync_bytes if sync else limits.max_run_bytes
+    asked = parsed(await read(request, limit))
     if "input" not in asked:
         raise Refused(400, "bad request: body: no input")
     for beyond in {"webhook", "s3Config"} & asked.keys():
@@ -188,16 +192,17 @@ async def on_done(platform: Platform, request: Any) -> str:
     """Take a worker's reply to a job."""
     pod, name = request.match_info["worker"], request.match_info["job"]
     platform.heard(pod)
-    data = await request.read()
     if name not in platform.jobs:
         platform.strays.append((pod, name))
     job = platform.find(name)
     limits = platform.behaviour
     limit = limits.max_runsync_bytes if job.sync else limits.max_run_bytes
-    if len(data) > limit:
+    try:
+        data = await read(request, limit)
+    except Refused:
         if job.worker == pod:
-            platform.put_back(job, f"the result is too large: {len(data)} bytes > {limit} allowed")
-        raise Refused(400, f"bad request: body: exceeded max body size of {limit // MIB}MiB")
+            platform.put_back(job, f"the result is too large: over {limit} bytes")
+        raise
     reply = parsed(data)
     if limits.rewrite:
         reply = limits.rewrite(reply)
@@ -241,7 +246,7 @@ async def on_ping(platform: Platform, request: Any) -> str:
 async def on_chunk(platform: Platform, request: Any) -> str:
     """Keep what a worker streams."""
     job = platform.find(request.match_info["job"])
-    job.chunks = [*job.chunks[-999:], await body(request, MIB)]
+    job.chunks = [*job.chunks[-999:], parsed(await read(request, MIB))]
     return json.dumps("ok")
 
 # %% ../nbs/12_platform.ipynb #operations
@@ -356,14 +361,14 @@ def application(door: Door) -> Any:  # aiohttp.web.Application
                 await response.prepare(request)
                 await response.write_eof()
             except (ConnectionError, asyncio.CancelledError):
-                if operation.name == "job-take":
+                if operation.name == "job-take" and response.status == 200:
                     hung_up(door.platform, request.match_info["worker"])
                 raise
             return response
 
         return handle
 
-    app = web.Application(client_max_size=32 * MIB)
+    app = web.Application(client_max_size=0)
     for operation in OPERATIONS:
         path = "/v2/{endpoint}" + operation.path
         app.router.add_route(operation.method, path, handler(operation))
@@ -527,6 +532,10 @@ class PlatformServer(Caller):
     worker_env = worker_env
     caller_env = caller_env
     call = call
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        self._http.close()
 
     def job(self, job_id: str) -> Job:
         """Return a job, to look at."""

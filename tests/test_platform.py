@@ -433,9 +433,7 @@ def test_a_result_too_large_is_refused_and_the_job_fails_in_the_end():
             assert take(server) == job
             assert reply(server, job, output="x" * 1000) == 400
         said = server.status(job)
-        assert said["status"] == "FAILED" and re.search(
-            r"1\d\d\d bytes > 1000 allowed", said["error"]
-        )
+        assert (said["status"], "over 1000 bytes" in said["error"]) == ("FAILED", True), said
 
 
 def test_a_result_that_is_not_json_is_refused(server):

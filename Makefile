@@ -5,12 +5,12 @@ BIN := .venv/bin
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz guards bench lint lab export readme lock clean
+.PHONY: help demo test smoke soak fuzz guards backfill bench image-test lint lab export readme lock clean
 .NOTPARALLEL:
 
 help: ## list these commands
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r n t; \
-		do printf '  make %-8s %s\n' "$$n" "$$t"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r n t; \
+		do printf '  make %-10s %s\n' "$$n" "$$t"; done
 
 demo: .venv/.worker ## set up, start the worker here, send it one signed photograph, print the answer
 	@$(BIN)/python -m heimdex_clip_worker.demo $(ARGS)

@@ -18,9 +18,10 @@ from .errors import SettingsError
 
 # %% auto #0
 __all__ = ['MIN_SECRET_BYTES', 'NEVER_ALLOWED', 'Check', 'AUTH', 'MODEL', 'IMAGES', 'SERVICE', 'VARIABLES', 'BACKENDS', 'CALLED',
-           'EXPECTED', 'BUCKET', 'SIGNING', 'CLIENT_VARIABLES', 'number', 'word', 'flag', 'matching', 'secret', 'keys',
-           'networks', 'hosts', 'Variable', 'Settings', 'read', 'base_url', 'is_loopback', 'ClientSettings',
-           'from_environ', 'environment_for', 'worker_environment', 'environment_table']
+           'EXPECTED', 'BUCKET', 'SIGNING', 'CLIENT_VARIABLES', 'DEPLOYMENT', 'number', 'word', 'flag', 'matching',
+           'secret', 'keys', 'networks', 'hosts', 'Variable', 'Settings', 'read', 'base_url', 'is_loopback',
+           'ClientSettings', 'from_environ', 'worker_variables', 'DeploySettings', 'in_environ', 'environment_for',
+           'worker_environment', 'environment_table']
 
 # %% ../nbs/01_settings.ipynb #number
 def number(
@@ -41,6 +42,7 @@ def number(
             raise ValueError(f"must be {what} of {unit} from {low:,} to {high:,}")
         return value
 
+    parse.low, parse.high = low, high
     return parse
 
 # %% ../nbs/01_settings.ipynb #word-and-flag
@@ -53,6 +55,7 @@ def word(*allowed: str) -> Callable[[str], str]:
             raise ValueError("must be one of " + ", ".join(allowed))
         return known[text.lower()]
 
+    parse.allowed = allowed
     return parse
 
 
@@ -255,6 +258,10 @@ SERVICE = {
         "MAX_BYTES_IN_FLIGHT", number(int, 1, 1 << 36, "bytes"), "671088640",
         "Most bytes of images downloaded, or being downloaded, and not yet embedded",
     ),
+    "selftest": Variable(
+        "CLIP_SELFTEST", word("on", "off"), "on",
+        "Answer the unsigned `selftest` request, which embeds a photograph of the worker's own",
+    ),
     "log_level": Variable(
         "LOG_LEVEL", word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much is logged",
     ),
@@ -291,14 +298,14 @@ class Settings:
     max_batch_size: int
     decode_workers: int
     max_bytes_in_flight: int
+    selftest: str
     log_level: str
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], checks: Iterable[Check] = ()) -> Settings:
         """Return the settings in `env`; raise SettingsError naming every problem at once."""
         values, problems = read(env)
-        for check in (_needs_a_key, *checks):
-            problems += check(values)
+        problems += [found for check in (_needs_a_key, *checks) for found in check(values)]
         if problems:
             raise SettingsError(problems)
         return cls(**values)
@@ -488,6 +495,55 @@ def from_environ(
 ) -> Settings:
     """Return the settings of this process; raise SettingsError naming every problem at once."""
     return Settings.from_env(os.environ, checks)
+
+# %% ../nbs/01_settings.ipynb #worker-variables
+def worker_variables() -> dict[str, str]:
+    """Return those of the worker's variables that this process has, as they are written."""
+    ours = {variable.name for variable in VARIABLES.values()}
+    return {name: value for name, value in os.environ.items() if name in ours}
+
+# %% ../nbs/01_settings.ipynb #deployment-variables
+DEPLOYMENT = {
+    "api_key": Variable(
+        "RUNPOD_API_KEY", matching(r"[!-~]{0,256}", "a key without white space"), "",
+        "RunPod API key that may read and write Serverless endpoints", hidden=True,
+    ),
+    "rest_url": Variable(
+        "RUNPOD_REST_URL", base_url, "https://api.runpod.io/v2", "Where RunPod's REST API is",
+    ),
+    "image": Variable(
+        "CLIP_WORKER_IMAGE", matching(r"[!-~]{0,512}", "an image reference"), "",
+        "Image to deploy, where `--image` does not say",
+    ),
+}  # by field of DeploySettings
+
+# %% ../nbs/01_settings.ipynb #deploy-settings
+@dataclass(frozen=True)
+class DeploySettings:
+    """What the environment says about a deployment; `DEPLOYMENT` tells variables and meanings."""
+
+    api_key: str = field(repr=False)  # empty: there is none
+    rest_url: str
+    image: str  # empty: not said
+    secrets: dict[str, str] = field(repr=False)  # the worker's hidden variables that are set
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> DeploySettings:
+        """Return the settings in `env`, or of this process; raise SettingsError."""
+        env = os.environ if env is None else env
+        values, problems = read(env, DEPLOYMENT)
+        if problems:
+            raise SettingsError(problems)
+        hidden = [variable.name for variable in VARIABLES.values() if variable.hidden]
+        return cls(**values, secrets={name: env[name] for name in hidden if env.get(name)})
+
+# %% ../nbs/01_settings.ipynb #in-environ
+def in_environ(variables: Mapping[str, Variable]) -> dict[str, Any]:  # by the same names
+    """Return what this process's environment says of some variables; raise SettingsError."""
+    values, problems = read(os.environ, variables)
+    if problems:
+        raise SettingsError(problems)
+    return values
 
 # %% ../nbs/01_settings.ipynb #environment-for
 def environment_for(

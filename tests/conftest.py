@@ -27,7 +27,8 @@ def seeded_hub() -> Path:
 
 @pytest.fixture(scope="session")
 def embedder(seeded_hub: Path) -> object:
-    """ViT-B-32, loaded once through the real path of the tag `openai`."""
+    """ViT-B-32 as exact as it gets, loaded once through the real path of the tag `openai`."""
     from heimdex_clip_worker.embed import Embedder
 
-    return Embedder.load("ViT-B-32", "openai", device="cpu", cache_dir=str(seeded_hub))
+    exact = {"device": "cpu", "precision": "fp32", "preprocess": "exact"}
+    return Embedder.load("ViT-B-32", "openai", **exact, cache_dir=str(seeded_hub))

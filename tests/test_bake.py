@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 from local_worker import HANDLER, SECRET, PhotoServer, WorkerProcess, plain_env
-from platform_standin import PlatformServer
 from seeded import hub_env
 
 from heimdex_clip_worker.artifact import GOLDEN_PHOTOS, canonical
 from heimdex_clip_worker.auth import new_nonce, sign, sign_v2
+from heimdex_clip_worker.platform import PlatformServer
 
 START_S = 60  # a cold start on a busy machine
 

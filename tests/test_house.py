@@ -45,6 +45,8 @@ MAY_IMPORT = {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
         "embed", "text", "batch", "selftest",
     },
+    "jobs": set(),
+    "processes": set(),
     "endpoint": {"errors", "auth", "settings"},
     "client": {"errors", "auth", "contract", "settings", "endpoint", "local"},
     "backfill": {"errors", "settings", "client", "contract"},
@@ -54,6 +56,7 @@ MAY_IMPORT = {
 COMMANDS = {"demo", "platform", "local", "cli", "console", "request", "vectors", "embedding"}
 COMMANDS |= {"search", "golden", "verify"}
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
+BUILT |= {"jobs", "processes", "platform"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {
     "download": {"torch", "torchvision", "open_clip", "requests", "runpod"},
@@ -74,6 +77,7 @@ MAY_NOT_IMPORT = {
     "deploy": HEAVY,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
+STANDARD_LIBRARY_ONLY |= {"jobs", "processes"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}
 DISTRIBUTION = {  # where the names differ
     "PIL": "pillow",

@@ -275,9 +275,9 @@ def ask(platform: object, job_input: dict) -> dict:
 def answers(begin: list[str], root: Path, config: dict, folder: Path) -> None:
     """Check that the image answers signed jobs under the platform's loop, and how soon."""
     from local_worker import SECRET, PhotoServer
-    from platform_standin import PlatformServer
 
     from heimdex_clip_worker.auth import sign
+    from heimdex_clip_worker.platform import PlatformServer
 
     golden = json.loads((root / "opt/clip/manifest.json").read_text())["manifest"]["golden"]
     golden = {photo["name"]: photo["row"] for photo in golden["photos"]}

@@ -128,10 +128,9 @@ class _HttpsPool(HTTPSConnectionPool):
 class _Adapter(HTTPAdapter):
     """Connections whose read time-out bounds the whole answer, through proxies as well."""
 
-    def get_connection_with_tls_context(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        for manager in [self.poolmanager, *self.proxy_manager.values()]:
-            manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
-        return super().get_connection_with_tls_context(request, *args, **kwargs)
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)

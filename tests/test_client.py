@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import trustme
 from local_worker import PHOTOS, ROOT, SECRET, PhotoServer, WorkerProcess, plain_env
 from PIL import Image, ImageStat
 from raw_server import say, serve
@@ -651,6 +653,30 @@ def test_no_error_holds_a_secret_a_signature_or_a_query():
         sent = json.loads(heard[0].partition("\r\n\r\n")[2])["input"]["auth"]["sig"]
         for secret in (TOKEN, SECRET, "rpa_MY_API_KEY", sent):
             assert secret not in told, told
+
+
+def test_over_tls_an_answer_is_read_and_a_dripping_one_is_left(tmp_path):
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def failed_then_drip(connection) -> None:
+        if len(heard) == 1:
+            return connection.sendall(http(b'{"id": "j", "status": "CANCELLED"}'))
+        while True:
+            connection.sendall(b"H")
+            time.sleep(0.05)
+
+    with serve(failed_then_drip, tls=context) as (port, heard):
+        session = endpoint.open_session(url := f"https://127.0.0.1:{port}/", "rpa_MY_API_KEY")
+        assert fails(endpoint.exchange, session, "GET", url, None, 5).code == "UNREACHABLE"
+        assert heard == []  # nobody vouches for this server
+        session.verify = str(tmp_path / "ca.pem")
+        assert endpoint.exchange(session, "GET", url, None, 5).said["status"] == "CANCELLED"
+        start = time.monotonic()
+        assert fails(endpoint.exchange, session, "GET", url, None, 0.7).code == "UNREACHABLE"
+        assert 0.6 < time.monotonic() - start < 2
 
 
 def test_only_what_must_be_is_sent(photos):

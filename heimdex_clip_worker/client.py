@@ -160,13 +160,14 @@ class Expected:
 
     def check(self, said: Mapping[str, Any]) -> int:
         """Return the vector's length; raise WRONG_MODEL, SPACE_CHANGED or BAD_ANSWER."""
-        model, space, dim = said.get("model"), said.get("space_id"), said.get("dim")
+        model, space, dim = (said.get(name) for name in ("model", "space_id", "dim"))
         if model != self.model:
             raise ClipInferenceSetupError(
                 f"The endpoint runs the model {safe(model)}, not {self.model} (CLIP_MODEL_NAME)",
                 code="WRONG_MODEL",
             )
-        if not isinstance(space, str) or not 1 <= len(space) <= 128 or type(dim) is not int:
+        named = isinstance(space, str) and isinstance(said.get("pretrained"), str)
+        if not named or not 1 <= len(space) <= 128 or type(dim) is not int:
             raise ClipInferenceError("The answer does not say which space it lies in")
         with self._lock:
             self.space_id, self.dim = self.space_id or space, self.dim or dim
@@ -225,7 +226,7 @@ def result_of(
         "embedding": vector_of(said, dim, wish.normalize),
         "dim": dim,
         "model": expected.model,
-        "pretrained": str(said.get("pretrained"))[:200],
+        "pretrained": said["pretrained"],
         "space_id": expected.space_id,
         "normalized": wish.normalize,
         "timings": numbers_in(said.get("timings")),

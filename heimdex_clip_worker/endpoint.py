@@ -29,6 +29,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .auth import new_nonce, sign_v2
 from heimdex_clip_worker.errors import (
+    CALLER_CODES,
     ClipInferenceAuthError,
     ClipInferenceError,
     ClipInferenceNetworkError,
@@ -39,8 +40,8 @@ from .settings import is_loopback
 
 # %% auto #0
 __all__ = ['MAX_ANSWER_BYTES', 'CONNECT_S', 'WAIT_S', 'GRACE_S', 'FIRST_S', 'LONGEST_S', 'PASSING', 'ENDED', 'MOST_UNREADABLE',
-           'Call', 'open_session', 'Answer', 'exchange', 'pause', 'asked_pause', 'expired', 'refusal_of', 'safe',
-           'worker_error', 'output_of', 'Signer', 'Exchanges', 'ask', 'id_of', 'poll_pause', 'Endpoint']
+           'Call', 'open_session', 'Answer', 'exchange', 'pause', 'asked_pause', 'expired', 'refusal_of', 'has_ended',
+           'safe', 'worker_error', 'output_of', 'Signer', 'Exchanges', 'ask', 'id_of', 'poll_pause', 'Endpoint']
 
 # %% ../nbs/09_endpoint.ipynb #call
 class Call:
@@ -293,9 +294,16 @@ def refusal_of(
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 
 
-def safe(text: Any) -> str:
+def has_ended(job: Mapping[str, Any]) -> bool:
+    """Tell whether a job has come to its end, whatever that is."""
+    status = job.get("status")
+    return isinstance(status, str) and status in ENDED
+
+
+def safe(said: Any) -> str:
     """Return foreign text as one short line without queries, tokens and signatures."""
-    line = " ".join(str(text)[:2000].split())
+    text = said if isinstance(said, str) else f"({type(said).__name__})"
+    line = " ".join(text[:2000].split())
     line = "".join(c if c.isprintable() else " " for c in line)
     line = re.sub(r"[\w+/=%.&:?-]{40,}", "...", line)
     return re.sub(r"\?\S*", "?", line)[:300]
@@ -313,7 +321,8 @@ def worker_error(
 ) -> ClipInferenceError:
     """Return a failure that a worker told as an exception, to raise or to keep."""
     code, message = said.get("code"), safe(said.get("error") or "no reason was given")
-    if not isinstance(code, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", code):
+    fine = isinstance(code, str) and re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", code)
+    if not fine or code in CALLER_CODES:  # those are ours to give
         message = f"The worker ended the job without a code: {message}"
         return ClipInferenceError(message, code="JOB_FAILED", request_id=request_id)
     if code in _SIGNATURE:
@@ -493,7 +502,7 @@ class _Jobs:
         """Cancel the job that an answer left behind tells of."""
         with contextlib.suppress(ClipInferenceError, CancelledError):
             job_id = id_of(job := begun.result().said or {})
-            if job.get("status") not in ENDED:
+            if not has_ended(job):
                 self.exchanges.now("POST", f"/cancel/{job_id}", None, GRACE_S)
 
 # %% ../nbs/09_endpoint.ipynb #endpoint-class
@@ -519,14 +528,14 @@ class Endpoint:
         job_id = id_of(job)
         try:
             for attempt in itertools.count():
-                if job.get("status") in ENDED:
+                if has_ended(job):
                     return output_of(job)
                 call.state = safe(job.get("status"))
                 call.sleep(poll_pause(attempt))
                 said = ask(self._exchanges, call, "GET", f"/status/{job_id}")
                 job = said if id_of(said, job_id) else job
         except BaseException:
-            if job.get("status") not in ENDED:
+            if not has_ended(job):
                 self._jobs.cancel(job_id)
             raise
 

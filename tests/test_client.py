@@ -318,7 +318,7 @@ def test_a_cancelled_job_is_not_sent_again(connect, platform, photos):
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(fails, client.embed_image_url, photos.photo())
         platform.until(lambda state: state.queue, 10, "not queued")
-        platform.call(platform.platform.purge)
+        platform.ask("POST", "/purge-queue")
         assert result.result(10).code == "JOB_CANCELLED"
     assert submitted(platform) - before == 1
 

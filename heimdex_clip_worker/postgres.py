@@ -97,16 +97,15 @@ class PatientDatabase(Database):
 
     def run(self, statement: Any, values: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Return the rows that a statement gives; raise BackfillError when it cannot be done."""
-        errors = self._psycopg.errors
-        passing = (self._psycopg.OperationalError, errors.ReadOnlySqlTransaction)
         deadline, wait_s = time.monotonic() + self._patience_s, 0.05
         while True:
             try:
                 return self._once(statement, values)
-            except passing as error:
+            except self._psycopg.OperationalError as error:
                 if time.monotonic() + wait_s > deadline:
-                    said = f"the database has not answered for {self._patience_s:.0f} s"
-                    raise BackfillError(f"{said}: {_first_line(error)}") from error
+                    self._patience_s = 0  # what is left to say, a release for instance, can fail
+                    said = f"the database did not come back: {_first_line(error)}"
+                    raise BackfillError(said) from error
                 self._say(f"database: {_first_line(error)}; trying again")
                 time.sleep(wait_s * random.uniform(0.5, 1))
                 wait_s = min(wait_s * 2, 10)
@@ -332,6 +331,10 @@ class Leases:
         self._held.update((row.id, (token, now)) for row in mine)
         return mine
 
+    def has(self, row_id: Any) -> bool:
+        """Tell whether this process has the row's lease, as far as it knows."""
+        return row_id in self._held
+
     def drop(self, ids: list[Any]) -> list[str]:
         """Forget the leases of `ids`; return their tokens, "" where there is none."""
         return [self._held.pop(i, ("", 0.0))[0] for i in ids]
@@ -408,8 +411,7 @@ class SharedTable(VectorTable):
             given = {"ids": [str(row.id) for row in rows], "urls": [row.source for row in rows]}
             self.database.run(self.statements["add"], given)
         mine = self.leases.take(rows, self.values())
-        taken = {row.id for row in mine}
-        rest = [row for row in rows if row.id not in taken]
+        rest = [row for row in rows if not self.leases.has(row.id)]
         return mine, len(self.wanted(rest)) if rest else 0
 
     def renew(self) -> None:

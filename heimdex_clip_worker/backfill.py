@@ -45,9 +45,9 @@ from .tables import FileSource, ParquetSink
 
 # %% auto #0
 __all__ = ['DRAIN_S', 'EXAMPLES', 'Source', 'Client', 'Options', 'embed', 'is_passing', 'Task', 'Backoff', 'Meter', 'summarize',
-           'claims', 'usable', 'Engine', 'drive', 'learn_space', 'Console', 'stopped_by_signals', 'add_arguments',
-           'open_tables', 'count_todo', 'dry_run', 'report', 'other_spaces', 'open_bucket', 'read_options', 'backfill',
-           'said_of', 'run']
+           'claims', 'usable', 'Engine', 'drive', 'learn_space', 'printable', 'Console', 'stopped_by_signals',
+           'add_arguments', 'open_tables', 'count_todo', 'dry_run', 'report', 'other_spaces', 'open_bucket',
+           'read_options', 'backfill', 'said_of', 'run']
 
 # %% ../nbs/11d_backfill.ipynb #protocols
 class Source(Protocol):
@@ -457,6 +457,7 @@ def drive(engine: Engine, tick: Callable[[Engine], None] = lambda engine: None) 
             tick(engine)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    tick(engine)
     if engine.fatal:
         raise engine.fatal
     limited = engine.options.limit is not None and engine.meter.done + sum(
@@ -518,12 +519,17 @@ class _Progress:
             )
 
 # %% ../nbs/11d_backfill.ipynb #say
+def printable(text: Any) -> str:
+    """Return `text` without anything that a terminal would act on."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class Console(_Progress):
     """What a person reads while a run goes on."""
 
     def say(self, line: str) -> None:
         """Print a line, past the bar if there is one."""
-        line = f"backfill: {line}"
+        line = f"backfill: {printable(line)}"
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
@@ -706,7 +712,7 @@ def report(summary: dict[str, Any]) -> str:
             f"to do      {summary['todo']:,} rows, of which a run would take {summary['rows']:,}",
             f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {summary['cost']:.2f}",
         ]
-        lines += [f"sample     {row['id']}  {row['source']}" for row in summary["sample"]]
+        lines += [f"sample     {printable(row['id'])}  {printable(row['source'])}" for row in summary["sample"]]
         return "\n".join(lines)
     failed = summary["failed"]
     codes = ", ".join(f"{code} {count:,}" for code, count in failed.items())

@@ -27,9 +27,8 @@ from heimdex_clip_worker.rows import (
 )
 
 # %% auto #0
-__all__ = ['LOCK_TIMEOUT_S', 'require_psycopg', 'Database', 'PatientDatabase', 'parse_name', 'quoted', 'read_columns',
-           'check_columns', 'keyset_pages', 'QuerySource', 'compose', 'fits', 'Leases', 'VectorTable', 'SharedTable',
-           'PostgresSink']
+__all__ = ['require_psycopg', 'Database', 'PatientDatabase', 'parse_name', 'quoted', 'read_columns', 'check_columns',
+           'keyset_pages', 'QuerySource', 'compose', 'fits', 'Leases', 'VectorTable', 'SharedTable', 'PostgresSink']
 
 # %% ../nbs/11b_postgres.ipynb #require-psycopg
 def require_psycopg() -> Any:
@@ -51,7 +50,10 @@ _KEEPALIVE = {
     "connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
     "tcp_user_timeout": 60_000, "application_name": "heimdex-clip backfill",
 }  # fmt: skip
-LOCK_TIMEOUT_S = 20  # a row that somebody else keeps locked for longer is tried again
+# For one statement: how long it waits for a row that somebody else has locked, and how long it may
+# take, whatever is set for the role (counting a large table takes minutes).
+_LIMITS = """SELECT set_config('lock_timeout', '20s', true),
+    set_config('statement_timeout', '30min', true)"""
 
 # %% ../nbs/11b_postgres.ipynb #database
 class Database:
@@ -82,8 +84,7 @@ class Database:
         if self._connection.closed:
             self._connection = self._connect()
         with self._connection.transaction():
-            limit = f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'"
-            self._connection.execute(limit)
+            self._connection.execute(_LIMITS)
             cursor = self._connection.execute(statement, values or {})
             return cursor.fetchall() if cursor.description else []
 

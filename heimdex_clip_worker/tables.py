@@ -345,8 +345,11 @@ def _to_entry(row: dict[str, Any]) -> tuple[str, bool, bytes, str]:
 
 def _refill_failures(journal: sqlite3.Connection, path: Path) -> None:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        entry = json.loads(line)
-        row_id, facts = entry["id"], {name: entry[name] for name in FAILURE_FACTS}
+        try:
+            entry = json.loads(line)
+            row_id, facts = entry["id"], {name: entry[name] for name in FAILURE_FACTS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is no list of failures of a backfill: {error}") from error
         if row_id is not None:
             journal.execute(_FAILED, (str(row_id), isinstance(row_id, int), json.dumps(facts)))
 

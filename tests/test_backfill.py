@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +172,7 @@ def test_vectors_of_another_space_are_reported_and_redone(world: Rig) -> None:
 def test_a_terminal_gets_a_bar(world: Rig) -> None:
     world.fill("shown", 20)
     ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = world.on_table("shown", "--batch", 4, stderr=theirs)
     os.close(theirs)
     seen = b""

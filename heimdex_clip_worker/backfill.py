@@ -712,7 +712,8 @@ def report(summary: dict[str, Any]) -> str:
             f"to do      {summary['todo']:,} rows, of which a run would take {summary['rows']:,}",
             f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {summary['cost']:.2f}",
         ]
-        lines += [f"sample     {printable(row['id'])}  {printable(row['source'])}" for row in summary["sample"]]
+        pairs = [(printable(row["id"]), printable(row["source"])) for row in summary["sample"]]
+        lines += [f"sample     {row_id}  {source}" for row_id, source in pairs]
         return "\n".join(lines)
     failed = summary["failed"]
     codes = ", ".join(f"{code} {count:,}" for code, count in failed.items())

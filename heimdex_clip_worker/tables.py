@@ -335,7 +335,7 @@ def refill(journal: sqlite3.Connection, path: Path, failures: Path) -> None:
             raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
         _refill_failures(journal, failures)
 
-
+# %% ../nbs/11a_tables.ipynb #refill-entries
 def _to_entry(row: dict[str, Any]) -> tuple[str, bool, bytes, str]:
     """Return a row of the Parquet file as one of the journal."""
     facts = {name: row[name] for name in SUCCESS_FACTS}

@@ -49,7 +49,13 @@ MAY_IMPORT = {
     "processes": set(),
     "endpoint": {"errors", "auth", "settings"},
     "client": {"errors", "auth", "contract", "settings", "endpoint", "local"},
-    "backfill": {"errors", "settings", "client", "contract"},
+    "rows": set(),
+    "tables": {"rows"},
+    "postgres": {"rows"},
+    "storage": {"rows"},
+    "backfill": {
+        "errors", "settings", "client", "contract", "rows", "tables", "postgres", "storage",
+    },
     "deploy": {"errors", "settings"},
 }  # fmt: skip
 # These may import anything, the heavy things inside functions.
@@ -73,16 +79,20 @@ MAY_NOT_IMPORT = {
     "selftest": {"requests", "aiohttp", "runpod"},
     "endpoint": HEAVY,
     "client": HEAVY,
+    "tables": HEAVY,
+    "postgres": HEAVY,
+    "storage": HEAVY,
     "backfill": HEAVY,
     "deploy": HEAVY,
 }
-STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
+STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif", "rows"}
 STANDARD_LIBRARY_ONLY |= {"jobs", "processes"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}
 DISTRIBUTION = {  # where the names differ
     "PIL": "pillow",
     "open_clip": "open-clip-torch",
     "huggingface_hub": "huggingface-hub",
+    "httpx": "storage3",  # whose errors it raises
 }
 
 # The contract's words, of the request and of the replies.

@@ -58,6 +58,9 @@ RUN python -c 'import sys; from heimdex_clip_worker.weights import load_model; l
 # The weights as they will be served, checked against what they were made of. A change of the modules
 # that make them bakes anew, to the same bytes; other code does not come by here.
 FROM checkpoint AS weights
+ARG CLIP_MODEL_NAME
+ARG CLIP_PRETRAINED
+ARG CLIP_ACTIVATION
 COPY heimdex_clip_worker/decode.py heimdex_clip_worker/preprocess.py heimdex_clip_worker/tower.py \
      heimdex_clip_worker/artifact.py heimdex_clip_worker/embed.py heimdex_clip_worker/text.py \
      heimdex_clip_worker/bake.py ./heimdex_clip_worker/

@@ -6,6 +6,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "bench"  # photographs and serving artifacts; git-ignored, made once
 
-# The stand-in for the platform, the seeded weights and the worker processes are the tests' own.
+# The seeded weights and the worker processes are the tests' own.
 if str(ROOT / "tests") not in sys.path:
     sys.path.append(str(ROOT / "tests"))

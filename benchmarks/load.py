@@ -142,7 +142,8 @@ class Callers:
     async def post(self, worker: Worker, job_input: dict) -> bytes:
         """Return what the platform says of a job when it has ended."""
         params = {"wait": str(WAIT_S * 1000)}
-        call = self.session.post(worker.url + "/runsync", params=params, json={"input": job_input})
+        url, body = worker.url + "/runsync", {"input": job_input}
+        call = self.session.post(url, params=params, json=body, headers=worker.headers)
         async with call as answer:
             return await answer.read()
 

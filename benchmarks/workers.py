@@ -1,4 +1,4 @@
-"""Both workers in their processes, behind the platform's stand-in or the SDK's local server."""
+"""Both workers in their processes, behind the local platform or the SDK's local server."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 from local_worker import WorkerProcess, free_port, plain_env
-from platform_standin import PlatformServer
 from seeded import hub_env
 
 from benchmarks import CACHE, ROOT
+from heimdex_clip_worker.platform import PlatformServer
 
 PLAIN, OURS = "plain", "ours"
 DEPLOYED = {
@@ -34,6 +34,7 @@ class Worker:
     url: str  # jobs are posted to its /runsync
     process: WorkerProcess
     started: float  # time.perf_counter()
+    headers: dict[str, str] = field(default_factory=dict)  # that jobs are posted with
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def production(kind: str, *command: str, **more: str) -> Iterator[Worker]:
     with PlatformServer() as platform, environment(**platform.worker_env(), **more) as env:
         started = time.perf_counter()
         with WorkerProcess(env, *(command or DEPLOYED[kind])) as process:
-            yield Worker(kind, platform.url, process, started)
+            yield Worker(kind, platform.url, process, started, platform.headers)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,16 @@ from torch import nn
 from torch.nn.functional import normalize
 
 import heimdex_clip_worker
+
+# %% auto #0
+__all__ = ['log', 'RECIPE', 'OF_TRAINING', 'FORMAT', 'MAX_MANIFEST', 'DRIFT', 'PHOTOS', 'GOLDEN_PHOTOS', 'preparation_of',
+           'space_id', 'canonical', 'weights_digest', 'Source', 'Photo', 'Golden', 'Manifest', 'text_of', 'row_of',
+           'read_as', 'write_manifest', 'read_manifest', 'golden_pixels', 'golden_tokens', 'drift', 'golden_photos',
+           'check_photos', 'Artifact', 'read_part', 'in_memory', 'prove', 'covered', 'prove_text', 'make', 'golden_of',
+           'source_of', 'beside_digest', 'folder_name', 'keep', 'put', 'clear_remains', 'now', 'check_source',
+           'read_sound', 'find']
+
+# %% ../nbs/03e_artifact.ipynb #our-imports
 from .decode import PixelLimits, decode
 from .errors import ModelError
 from .preprocess import Preparation, exact, to_model
@@ -52,14 +62,6 @@ from heimdex_clip_worker.weights import (
 )
 
 log = logging.getLogger("heimdex_clip_worker")
-
-# %% auto #0
-__all__ = ['log', 'RECIPE', 'OF_TRAINING', 'FORMAT', 'MAX_MANIFEST', 'DRIFT', 'PHOTOS', 'GOLDEN_PHOTOS', 'preparation_of',
-           'space_id', 'canonical', 'weights_digest', 'Source', 'Photo', 'Golden', 'Manifest', 'text_of', 'row_of',
-           'read_as', 'write_manifest', 'read_manifest', 'golden_pixels', 'golden_tokens', 'drift', 'golden_photos',
-           'check_photos', 'Artifact', 'read_part', 'in_memory', 'prove', 'covered', 'prove_text', 'make', 'golden_of',
-           'source_of', 'beside_digest', 'folder_name', 'keep', 'put', 'clear_remains', 'now', 'check_source',
-           'read_sound', 'find']
 
 # %% ../nbs/03e_artifact.ipynb #preparation-of
 def preparation_of(loaded: Loaded) -> Preparation:

@@ -51,6 +51,7 @@ from heimdex_clip_worker.errors import (
     WorkerError,
     to_reply,
 )
+from .selftest import Selftest, is_selftest
 from .settings import Settings, from_environ
 from .text import TextEmbedder
 
@@ -184,16 +185,19 @@ async def embed_items(pipeline: Pipeline, space: Space, request: Request) -> dic
 class Service:
     """Door and pipeline together: a job's input in, a reply out, or a WorkerError."""
 
-    def __init__(self, door: Door, pipeline: Pipeline):
+    def __init__(self, door: Door, pipeline: Pipeline, *, selftest: bool = False):
         self.door, self.pipeline = door, pipeline
         model = pipeline.embedder
         self.space = Space(model.model_name, model.pretrained, model.dim, model.space_id)
+        self.selftest = Selftest(pipeline, self.space) if selftest else None
 
     async def answer(
         self,
         job_input: Any,  # whatever came as job["input"]
     ) -> dict[str, Any]:
         """Return the reply to `job_input`; raise WorkerError subclasses."""
+        if self.selftest and is_selftest(job_input):
+            return await self.selftest.answer()
         request = self.door.admit(job_input)
         log.info("Processing request: %s", request.request_id)
         if request.model not in (None, self.space.model):
@@ -273,7 +277,8 @@ def build(settings: Settings) -> Worker:
         pipeline.texts.load()
     bounds = Bounds(max_items=settings.max_images_per_job, dim=embedder.dim)
     door = Door(keys_of(settings), bounds=bounds)
-    return Worker(Service(door, pipeline), on_fatal=stop_taking_jobs)
+    service = Service(door, pipeline, selftest=settings.selftest == "on")
+    return Worker(service, on_fatal=stop_taking_jobs)
 
 # %% ../nbs/06_handler.ipynb #what-it-is-built-of
 def keys_of(settings: Settings) -> Keyring:

@@ -2,7 +2,8 @@
 
 A vector here is the photograph's mean colour and size, so that answers that were mixed up are seen.
 Two photographs are poison: on `rocket.jpg` (220 wide) the model fails, on `hubble.jpg` (353 wide)
-it asks for the end of the process. `FAKE_EMBEDDER=nan` makes every vector NaN.
+it asks for the end of the process. `FAKE_EMBEDDER=nan` makes every vector NaN; `FAKE_DIM=256`
+gives it another length; `FAKE_DOOR=open` lets everybody in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageStat
 
 from heimdex_clip_worker import handler
+from heimdex_clip_worker.auth import Credential
 from heimdex_clip_worker.embed import Embedder
 
 
@@ -31,7 +33,7 @@ class FakeEmbedder(Embedder):
             model_name=model_name,
             pretrained="fake",
             activation="quickgelu",
-            dim=512,
+            dim=int(os.environ.get("FAKE_DIM", "512")),
             image_size=224,
             device="cpu",
         )
@@ -73,6 +75,8 @@ def main() -> None:
     """Run the handler's own `main` over the fake."""
     handler.Embedder, handler.TextEmbedder = FakeEmbedder, FakeText
     handler.check_choice = lambda *names, **options: []
+    if os.environ.get("FAKE_DOOR") == "open":
+        handler.verify = lambda job_input, **options: Credential(version=2, kid="v1")
     handler.main()
 
 

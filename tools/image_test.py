@@ -92,7 +92,7 @@ def make_context(folder: Path) -> None:
     write_checkpoint(folder / CHECKPOINT, seeded_state(), "quickgelu")
 
 
-def build(context: Path, base: str, tag: str, **arguments: str) -> str:
+def build(context: Path, base: str, tag: str, target: str = "", **arguments: str) -> str:
     """Build the image as a user would, with this machine's way to the package index; its log."""
     command = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers"]
     for path in ("/etc/ssl/certs", "/etc/pip.conf"):
@@ -100,6 +100,7 @@ def build(context: Path, base: str, tag: str, **arguments: str) -> str:
             command += ["--volume", f"{path}:{path}:ro"]
     for name, value in {"BASE_IMAGE": base, **arguments}.items():
         command += ["--build-arg", f"{name}={value}"]
+    command += ["--target", target] if target else []
     return run(*command, "--tag", tag, str(context))
 
 
@@ -379,7 +380,7 @@ def refuses_unknown_weights(context: Path, base: str) -> None:
     """Check that there is no image without the weights that were asked for."""
     for wrong in ("no-such-tag", "weights/nowhere.safetensors", "openai"):
         try:
-            build(context, base, IMAGE + "-wrong", CLIP_PRETRAINED=wrong)
+            build(context, base, IMAGE + "-wrong", target="weights", CLIP_PRETRAINED=wrong)
         except Failed as failed:
             lines = [line for line in str(failed).splitlines() if "ModelError: " in line]
             check(lines and "CLIP_PRETRAINED" in lines[-1], f"no image: {lines[-1][-150:]}")

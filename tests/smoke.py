@@ -7,6 +7,7 @@ weights are seeded, and compared with golden vectors that open_clip makes of the
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -83,10 +84,9 @@ def caller_env(home: Path, **more: str) -> dict[str, str]:
 
 def papermill(notebook: Path, left: Path, parameters: Mapping[str, object]) -> list[str]:
     """Return the command that runs a notebook and leaves it at `left`."""
-    command = [sys.executable, "-m", "papermill", str(notebook), str(left), "--no-progress-bar"]
-    for key, value in parameters.items():
-        command += ["-p" if isinstance(value, (int, float)) else "-r", key, str(value)]
-    return command
+    told = {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
+    options = ["--no-progress-bar", "--parameters_yaml", json.dumps(told)]  # JSON is YAML
+    return [sys.executable, "-m", "papermill", str(notebook), str(left), *options]
 
 
 def run_notebook(

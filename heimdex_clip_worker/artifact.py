@@ -25,8 +25,20 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+import heimdex_clip_worker
+
+# %% auto #0
+__all__ = ['log', 'RECIPE', 'OF_TRAINING', 'FORMAT', 'MAX_MANIFEST', 'DRIFT', 'PHOTOS', 'GOLDEN_PHOTOS', 'preparation_of',
+           'space_id', 'canonical', 'weights_digest', 'Source', 'Photo', 'Golden', 'Manifest', 'text_of', 'row_of',
+           'read_as', 'write_manifest', 'read_manifest', 'golden_pixels', 'golden_tokens', 'drift', 'golden_photos',
+           'check_photos', 'Artifact', 'read_part', 'in_memory', 'prove', 'covered', 'prove_text', 'make', 'golden_of',
+           'source_of', 'beside_digest', 'folder_name', 'keep', 'put', 'clear_remains', 'now', 'check_source',
+           'read_sound', 'find']
+
+# %% ../nbs/03e_artifact.ipynb #our-imports
+from .decode import PixelLimits, decode
 from .errors import ModelError
-from .preprocess import Preparation, to_model
+from .preprocess import Preparation, exact, to_model
 from heimdex_clip_worker.tower import (
     DTYPES,
     ImageShape,
@@ -50,13 +62,6 @@ from heimdex_clip_worker.weights import (
 )
 
 log = logging.getLogger("heimdex_clip_worker")
-
-# %% auto #0
-__all__ = ['log', 'RECIPE', 'OF_TRAINING', 'FORMAT', 'MAX_MANIFEST', 'DRIFT', 'preparation_of', 'space_id', 'canonical',
-           'weights_digest', 'Source', 'Golden', 'Manifest', 'text_of', 'row_of', 'read_as', 'write_manifest',
-           'read_manifest', 'golden_pixels', 'golden_tokens', 'drift', 'Artifact', 'in_memory', 'prove', 'covered',
-           'prove_text', 'make', 'source_of', 'beside_digest', 'folder_name', 'keep', 'put', 'clear_remains', 'now',
-           'check_source', 'find']
 
 # %% ../nbs/03e_artifact.ipynb #preparation-of
 def preparation_of(loaded: Loaded) -> Preparation:
@@ -118,7 +123,7 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/03e_artifact.ipynb #manifest
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,20 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Photo:
+    """What open_clip answered to a photograph that comes with the package."""
+
+    name: str  # of the file in photos/
+    sha256: str  # of the file
+    row: str  # as in `Golden`
+
+
+@dataclass(frozen=True)
 class Golden:
     """What open_clip answered in float32, unit rows as base64 of little-endian float32."""
 
     image: tuple[str, ...]  # to `golden_pixels`
+    photos: tuple[Photo, ...]  # to GOLDEN_PHOTOS
     text: str  # to `golden_tokens`; empty without a text tower
     drift: float  # largest 1 - cosine allowed in the artifact's precision
 
@@ -167,7 +182,8 @@ class Manifest:
     def __post_init__(self) -> None:
         """Raise ValueError unless the parts belong together."""
         parts = {"image.safetensors"} | ({"text.safetensors"} if self.text else set())
-        rows = [*self.golden.image, *([self.golden.text] if self.text else [])]
+        photos = [photo.row for photo in self.golden.photos]
+        rows = [*self.golden.image, *photos, *([self.golden.text] if self.text else [])]
         sound = {
             "format": self.format == FORMAT,
             "precision": self.precision in DTYPES,
@@ -176,7 +192,7 @@ class Manifest:
             and self.preparation.size == self.image.image_size,
             "space_id": bool(re.fullmatch(r"[0-9a-f]{16}", self.space_id)),
             "files": self.files.keys() == parts,
-            "golden": len(rows) > 0 and {len(row_of(r)) for r in rows} == {self.image.dim},
+            "golden": len(photos) > 0 and {len(row_of(r)) for r in rows} == {self.image.dim},
         }
         wrong = [name for name, holds in sound.items() if not holds]
         if wrong:
@@ -271,6 +287,23 @@ def drift(rows: torch.Tensor, golden: torch.Tensor) -> float:  # (N, dim) each; 
     cosines = (normalize(rows.double().cpu()) * normalize(golden.double())).sum(1)
     return 1 - cosines.min().item() if cosines.isfinite().all() else math.inf
 
+# %% ../nbs/03e_artifact.ipynb #golden-photos
+PHOTOS = Path(heimdex_clip_worker.__file__).parent / "photos"
+GOLDEN_PHOTOS = ("chelsea.jpg", "retina.jpg", "clock.png")
+
+
+def golden_photos(preparation: Preparation) -> torch.Tensor:  # (3, 3, S, S) uint8
+    """Return the pixels of the photographs as open_clip would prepare them."""
+    files = [(PHOTOS / name).read_bytes() for name in GOLDEN_PHOTOS]
+    return torch.stack([exact(decode(data, PixelLimits()), preparation) for data in files])
+
+
+def check_photos(golden: Golden) -> None:
+    """Raise ValueError or OSError unless the package has the photographs that were answered."""
+    there = {name: file_digest(PHOTOS / name) for name in GOLDEN_PHOTOS}
+    if {photo.name: photo.sha256 for photo in golden.photos} != there:
+        raise ValueError("its golden photographs are not those of this package")
+
 # %% ../nbs/03e_artifact.ipynb #artifact-class
 @dataclass(frozen=True)
 class Artifact:
@@ -279,31 +312,41 @@ class Artifact:
     manifest: Manifest
     folder: Path | None  # None: it is in memory only
     memory: Mapping[str, Mapping[str, torch.Tensor]]  # image, text -> weights; empty on disk
+    asked: str = ""  # a precision to serve in; empty: the one it is stored in
+    baked: bool = False  # it came with the image: there may be nothing to make another of
+
+    @property
+    def precision(self) -> str:  # fp32, fp16 or bf16
+        """What its towers compute in."""
+        return self.asked or self.manifest.precision
 
     def tower(self, part: str = "image") -> Tower:  # on the CPU
         """Return one of the towers; raise ModelError if it is damaged, or there is none."""
         shape = getattr(self.manifest, part)
-        weights = self.memory.get(part) if self.folder is None else self._read(part)
+        weights = self.memory.get(part) if self.folder is None else read_part(self, part)
         if shape is None or weights is None:
             raise ModelError(f"the serving artifact has no {part} tower")
         if {t.dtype for t in weights.values()} != {DTYPES[self.manifest.precision]}:
             raise ModelError(f"the {part} weights are not {self.manifest.precision}")
+        weights = {name: t.to(DTYPES[self.precision]) for name, t in weights.items()}
         return (VisionTower if part == "image" else TextTower).load(shape, weights)
 
-    def _read(self, part: str) -> dict[str, torch.Tensor] | None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+# %% ../nbs/03e_artifact.ipynb #read-weights
+def read_part(made: Artifact, part: str) -> dict[str, torch.Tensor] | None:
+    """Return one tower's weights from disk, None without it; raise ModelError if damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        expected = self.manifest.files.get(f"{part}.safetensors")
-        if expected is None:
-            return None
-        path = self.folder / f"{part}.safetensors"
-        try:
-            if file_digest(path) != expected:
-                raise ModelError(f"the serving artifact is damaged: {path} has another sha256")
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"the serving artifact is damaged: {in_one_line(error)}") from error
+    expected = made.manifest.files.get(f"{part}.safetensors")
+    if expected is None:
+        return None
+    path = made.folder / f"{part}.safetensors"
+    try:
+        if file_digest(path) != expected:
+            raise ModelError(f"the serving artifact is damaged: {path} has another sha256")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the serving artifact is damaged: {in_one_line(error)}") from error
 
 # %% ../nbs/03e_artifact.ipynb #in-memory
 def in_memory(made: Artifact, *parts: str) -> Artifact:
@@ -360,7 +403,8 @@ def make(
 ) -> Artifact:  # in memory
     """Return the artifact of a checkpoint, proved against open_clip; raise ModelError."""
     shape = image_shape(loaded.config, loaded.activation)
-    preparation, pixels = preparation_of(loaded), golden_pixels(shape.image_size)
+    preparation = preparation_of(loaded)
+    pixels = torch.cat([golden_pixels(preparation.size), golden_photos(preparation)])
     given = {d: to_model(pixels, preparation, d) for d in DTYPES.values()}
     weights, golden = prove(VisionTower, shape, loaded.tower, given, precision)
     memory, words, spoken = {"image": weights}, None, ""
@@ -385,10 +429,20 @@ def make(
         space_id=space_id(loaded),
         source=source_of(loaded),
         files={f"{part}.safetensors": "" for part in memory},
-        golden=Golden(tuple(map(text_of, golden)), spoken, DRIFT[precision]),
+        golden=golden_of(golden, spoken, precision),
         made_with={name: version(name) for name in ("open_clip_torch", "torch")},
     )
     return Artifact(manifest, None, memory)
+
+# %% ../nbs/03e_artifact.ipynb #golden-of
+def golden_of(rows: torch.Tensor, spoken: str, precision: str) -> Golden:  # (6, dim) unit rows
+    """Return the golden answers: pictures first, then photographs."""
+    pictures, photos = rows.split([len(rows) - len(GOLDEN_PHOTOS), len(GOLDEN_PHOTOS)])
+    told = [
+        Photo(name, file_digest(PHOTOS / name), text_of(row))
+        for name, row in zip(GOLDEN_PHOTOS, photos, strict=True)
+    ]
+    return Golden(tuple(map(text_of, pictures)), tuple(told), spoken, DRIFT[precision])
 
 # %% ../nbs/03e_artifact.ipynb #source-of
 def source_of(loaded: Loaded) -> Source:
@@ -424,14 +478,17 @@ def folder_name(model_name: str, pretrained: str, asked: str, precision: str) ->
 def keep(
     made: Artifact,  # in memory
     artifact_dir: str | Path,  # CLIP_ARTIFACT_DIR
+    baked: bool = False,  # `artifact_dir` itself becomes the artifact
 ) -> Artifact:  # on disk
     """Write an artifact into its folder below `artifact_dir` and return it; raise OSError."""
     from safetensors.torch import save_file
 
     told, root = made.manifest, Path(artifact_dir).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
-    clear_remains(root)
-    building = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+    asked = (told.model_name, told.pretrained, told.asked, told.precision)
+    folder = root if baked else root / folder_name(*asked)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_remains(folder.parent)
+    building = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
         for part, weights in made.memory.items():
             save_file(dict(weights), building / f"{part}.safetensors")
@@ -441,11 +498,10 @@ def keep(
         for path in building.iterdir():
             path.chmod(0o644)
         building.chmod(0o755)  # mkdtemp's is for its owner alone
-        folder = root / folder_name(told.model_name, told.pretrained, told.asked, told.precision)
         put(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return Artifact(told, folder, {})
+    return Artifact(told, folder, {}, baked=baked)
 
 # %% ../nbs/03e_artifact.ipynb #put
 def put(building: Path, folder: Path) -> None:
@@ -511,6 +567,21 @@ def check_source(told: Manifest, cache_dir: str | None, baked: bool) -> None:
     if path.stat().st_size != source.size or file_digest(path) != source.sha256:
         raise ValueError("its checkpoint has been replaced")
 
+# %% ../nbs/03e_artifact.ipynb #read-sound
+def read_sound(folder: Path, baked: bool) -> Manifest | None:
+    """Return the manifest in a folder, if there is a sound one; raise ModelError if it must be."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        told = read_manifest(folder)
+        check_photos(told.golden)
+        return told
+    except (OSError, ValueError) as error:
+        if baked:
+            raise ModelError(f"the serving artifact in {folder} is damaged: {error}") from error
+        log.warning("The serving artifact in %s is not used: %s", folder, error)
+        return None
+
 # %% ../nbs/03e_artifact.ipynb #find
 def find(
     artifact_dir: str | Path,  # CLIP_ARTIFACT_DIR
@@ -520,18 +591,18 @@ def find(
     precision: str,  # fp32, fp16 or bf16: see `pick_precision`
     cache_dir: str | None = None,  # of the hub library; None: its own choice (HF_HOME)
 ) -> Artifact | None:  # its weights are not read yet: `tower` does, and checks them
-    """Return the artifact of these settings, if there is one that still holds."""
-    asked, root = (model_name, pretrained, activation, precision), Path(artifact_dir).expanduser()
-    for folder in (root, root / folder_name(*asked)):
-        if not (folder / "manifest.json").is_file():
+    """Return the artifact of these settings, if there is one that holds; raise ModelError."""
+    asked, root = (model_name, pretrained, activation), Path(artifact_dir).expanduser()
+    for folder in (root, root / folder_name(*asked, precision)):
+        told = read_sound(folder, baked=folder == root)
+        if told is None:
             continue
         try:
-            told = read_manifest(folder)
-            found = (told.model_name, told.pretrained, told.asked, told.precision)
+            found = (told.model_name, told.pretrained, told.asked)
             if found != asked:
                 raise ValueError(f"it was made for {found}, not {asked}")
             check_source(told, cache_dir, baked=folder == root)
-            return Artifact(told, folder, {})
+            return Artifact(told, folder, {}, precision, baked=folder == root)
         except (OSError, ValueError) as error:
             log.warning("The serving artifact in %s is not used: %s", folder, error)
     return None

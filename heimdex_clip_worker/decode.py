@@ -18,6 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from .avif import still
 from .errors import DecodeFailed, ImageLimits, UnsupportedFormat
 
 # %% auto #0
@@ -153,25 +154,12 @@ def _strip_gif(data: bytes) -> bytes:
             control = data[found.start() : position]
     raise _too_many_parts()
 
-# %% ../nbs/03a_decode.ipynb #strip-avif
-def _strip_avif(data: bytes) -> bytes:
-    """Return an AVIF whose EXIF is not found any more; raise ImageLimits."""
-    kept, position = [], 0
-    for _ in range(MAX_PARTS):
-        size, kind = (
-            int.from_bytes(data[position : position + 4], "big"),
-            data[position + 4 : position + 8],
-        )
-        if size == 1:
-            size = int.from_bytes(data[position + 8 : position + 16], "big")
-        box = data[position : position + size] if size else data[position:]
-        kept.append(box.replace(b"Exif", b"none") if kind in (b"meta", b"moov") else box)
-        position += len(box)
-        if not box or position >= len(data):
-            return b"".join(kept)
-    raise _too_many_parts()
-
 # %% ../nbs/03a_decode.ipynb #check-size
+def _allowed(limits: PixelLimits, cost: float) -> int:
+    """Return how many pixels may be decoded at `cost` bytes each."""
+    return int(limits.max_pixels * min(1, PLAIN / cost))
+
+
 def _check_size(
     size: tuple[int, int],  # width and height, from the header
     limits: PixelLimits,
@@ -181,7 +169,7 @@ def _check_size(
 ) -> None:
     """Raise ImageLimits when decoding would cost more than the limits allow."""
     (short, side), pixels = sorted(size), size[0] * size[1]
-    allowed = int(limits.max_pixels * min(1, PLAIN / cost))
+    allowed = _allowed(limits, cost)
     most = min(limits.max_scans, SCANNED * limits.max_pixels // max(pixels, 1))
     if short < 1:
         raise DecodeFailed(detail="no pixels")
@@ -204,7 +192,7 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError, AssertionError,
     Warning, LookupError, ArithmeticError, EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
-_STRIP = {"PNG": _strip_png, "GIF": _strip_gif, "AVIF": _strip_avif}
+_STRIP = {"PNG": _strip_png, "GIF": _strip_gif}
 
 
 _CHANNELS = {2: 3, 4: 2, 6: 4}  # of a PNG's colour types; the others have one
@@ -220,6 +208,8 @@ def _open(data: bytes, limits: PixelLimits) -> Image.Image:
         name == "PNG" and len(data) > 25
     ):  # undoing its filters takes 7 ns a byte: 16 bits cost more
         cost = max(PLAIN, 0.2 * data[24] * _CHANNELS.get(data[25], 1))
+    elif name == "AVIF":
+        data = still(data, max_pixels=_allowed(limits, COSTLY[name]))
     image = DECODERS[name](io.BytesIO(_STRIP.get(name, bytes)(data)))
     _check_size(image.size, limits, cost=COSTLY.get(name, cost), scans=scans)
     return image

@@ -32,7 +32,8 @@ PHOTOS = Path(heimdex_clip_worker.__file__).parent / "photos"
 
 # %% auto #0
 __all__ = ['PHOTOS', 'REPO', 'FILE', 'NOTICE', 'weights_at_hand', 'hub_answers', 'seeded_checkpoint', 'choose_weights', 'served',
-           'free_port', 'show', 'local_worker', 'wait_until_ready', 'stop', 'describe', 'run', 'main']
+           'free_port', 'show', 'local_worker', 'wait_until_ready', 'stop', 'describe', 'show_one', 'add_arguments',
+           'run', 'main']
 
 # %% ../nbs/13_demo.ipynb #real-weights
 REPO, FILE = "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors"
@@ -186,8 +187,8 @@ def describe(output: dict[str, Any]) -> str:
         f"timings     {times}",
     ])
 
-# %% ../nbs/13_demo.ipynb #run
-def run(photo: Path, folder: Path) -> dict[str, Any]:
+# %% ../nbs/13_demo.ipynb #show-one
+def show_one(photo: Path, folder: Path) -> dict[str, Any]:
     """Embed `photo` through a worker started for it; return the reply's output, printing it."""
     secret = secrets.token_hex(32)
     variables = {"EMBEDDING_HMAC_SECRET": secret, "ALLOWED_PRIVATE_NETWORKS": "127.0.0.0/8"}
@@ -204,32 +205,39 @@ def run(photo: Path, folder: Path) -> dict[str, Any]:
     print("\n" + describe(answer["output"]), flush=True)
     return answer["output"]
 
-# %% ../nbs/13_demo.ipynb #main
-def main(argv: list[str] | None = None) -> None:
-    """Run the demo; exit with status 1 and one line when it fails, 130 on Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="heimdex-clip-demo",
-        description="Embed one photograph through a worker started on this machine.",
-        epilog="example: python -m heimdex_clip_worker.demo --photo holiday.jpg",
-    )
-    parser.add_argument(
-        "--photo", type=Path, default=PHOTOS / "chelsea.jpg", help="an image file (default: a cat)"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/demo"), help="for seeded weights"
-    )
-    args = parser.parse_args(argv)
+# %% ../nbs/13_demo.ipynb #command
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `demo`."""
+    add = parser.add_argument
+    add("--photo", type=Path, default=PHOTOS / "chelsea.jpg", help="an image file (default: a cat)")
+    add("--cache", type=Path, default=Path(".cache/demo"), help="for seeded weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; return 0, 1 when it failed, or 130 on Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if not args.photo.is_file():
             raise RuntimeError(f"there is no file {args.photo}")
-        run(args.photo.resolve(), args.cache)
+        show_one(args.photo.resolve(), args.cache)
+        return 0
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except (RuntimeError, OSError, requests.RequestException) as error:
         print(f"[ERROR] The demo failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+
+# %% ../nbs/13_demo.ipynb #main
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo as a program and exit."""
+    parser = argparse.ArgumentParser(
+        prog="heimdex-clip-demo",
+        description="Embed one photograph through a worker started on this machine.",
+        epilog="example: heimdex-clip-demo --photo holiday.jpg",
+    )
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args(argv)))
 
 # %% ../nbs/13_demo.ipynb #as-a-program
 if __name__ == "__main__" and "__file__" in globals():

@@ -465,16 +465,14 @@ class Fetcher:
         resolve: Resolve | None = None,  # the system's when None
         ssl_context: ssl.SSLContext | None = None,  # certifi's authorities when None
     ):
-        self.limits, self.policy = limits, policy
-        self._resolve, self._ssl = resolve, ssl_context
+        self.limits, self.policy, self._resolve, self._ssl = limits, policy, resolve, ssl_context
 
     async def __aenter__(self) -> Fetcher:
         self._threads = ThreadPoolExecutor(DNS_THREADS, "dns")
         look_up = self._resolve or partial(resolve_ipv4, threads=self._threads)
         resolver = _CheckedResolver(look_up, self.policy, self.limits.dns_timeout_s)
-        self._session = _open_session(
-            resolver, self.policy, self._ssl or _trust(), self.limits.max_bytes
-        )
+        trust, most = self._ssl or _trust(), self.limits.max_bytes
+        self._session = _open_session(resolver, self.policy, trust, most)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

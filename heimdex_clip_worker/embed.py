@@ -17,7 +17,16 @@ from PIL import Image
 from torch import nn
 
 from . import artifact
-from .artifact import DRIFT, Artifact, drift, golden_pixels, row_of
+from heimdex_clip_worker.artifact import (
+    DRIFT,
+    GOLDEN_PHOTOS,
+    PHOTOS,
+    Artifact,
+    drift,
+    golden_pixels,
+    row_of,
+)
+from .decode import PixelLimits, decode
 from .errors import InferenceFailed, ModelError
 from heimdex_clip_worker.preprocess import (
     Preparation,
@@ -33,9 +42,10 @@ from .weights import Loaded, check_model, in_one_line, load_model
 log = logging.getLogger("heimdex_clip_worker")
 
 # %% auto #0
-__all__ = ['log', 'MEMORY', 'BROKEN', 'pick_device', 'forbid_tf32', 'make_transform', 'short_of_memory', 'inference_failed',
-           'copy_stream', 'move', 'forward', 'run_tower', 'to_vectors', 'Parts', 'Embedder', 'warm_up', 'from_disk',
-           'made_of', 'load', 'from_artifact', 'through_open_clip', 'check_choice']
+__all__ = ['log', 'MEMORY', 'BROKEN', 'FAST', 'pick_device', 'forbid_tf32', 'make_transform', 'short_of_memory',
+           'inference_failed', 'copy_stream', 'move', 'forward', 'run_tower', 'to_vectors', 'Parts', 'Embedder',
+           'Fitness', 'golden_images', 'warm_up', 'unfit', 'from_disk', 'made_of', 'load', 'from_artifact',
+           'through_open_clip', 'check_choice']
 
 # %% ../nbs/04_embed.ipynb #pick-device
 def pick_device(device: str) -> torch.device:
@@ -170,6 +180,7 @@ class Parts:
     quality: str = "exact"  # CLIP_PREPROCESS: exact or fast
     space_id: str = ""  # vectors with another one must not be compared with these
     golden: torch.Tensor | None = None  # (3, dim): open_clip's answers to `golden_pixels`
+    photos: torch.Tensor | None = None  # (3, dim): and to GOLDEN_PHOTOS
     artifact: Artifact | None = None  # where the tower is from, and the text tower may be
     asked: tuple[Any, ...] = ()  # for `load_model`, should the checkpoint be needed again
 
@@ -213,24 +224,55 @@ class Embedder(Parts):
         pixels = [self.preprocess(image) for image in images]
         return to_vectors(self.encode(torch.stack(pixels)), wanted) if pixels else []
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Fitness | None:
         """Run once, see `warm_up`; raise InferenceFailed or ModelError."""
-        warm_up(self)
+        return warm_up(self)
+
+# %% ../nbs/04_embed.ipynb #fitness
+FAST = 2e-5  # how much of 1 - cosine `fast` may cost
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """How far a device is from open_clip's golden answers."""
+
+    turned: float  # largest 1 - cosine, of the photographs if there are any
+    allowed: float
+
+
+def golden_images(embedder: Embedder) -> torch.Tensor:  # (3, 3, S, S)
+    """Return the pixels of GOLDEN_PHOTOS, made as those of a job's images are."""
+    files = [(PHOTOS / name).read_bytes() for name in GOLDEN_PHOTOS]
+    decoded = [decode(data, PixelLimits(), at_least=embedder.at_least) for data in files]
+    return torch.stack([embedder.preprocess(image) for image in decoded])
 
 # %% ../nbs/04_embed.ipynb #warm-up
-def warm_up(embedder: Embedder) -> None:
+def warm_up(embedder: Embedder) -> Fitness | None:  # None: there is nothing to compare with
     """Run once and compare with open_clip's answers; raise InferenceFailed or ModelError."""
-    size = embedder.image_size
+    size, found = embedder.image_size, None
     if embedder.golden is None:
         embedder.embed([Image.new("RGB", (size, size), "grey")])
-        return
-    turned = drift(embedder.encode(golden_pixels(size)), embedder.golden)
-    if not turned <= DRIFT[embedder.precision]:
-        raise ModelError(
-            f"{embedder.model_name} on {embedder.device} in {embedder.precision} does not give "
-            f"open_clip's vectors: 1 - cosine {turned:.1e} > {DRIFT[embedder.precision]:.0e}; "
-            "set CLIP_PRECISION to fp32, or remove the serving artifact (CLIP_ARTIFACT_DIR)"
-        )
+        return None
+    allowed = DRIFT[embedder.precision]
+    asked = {"open_clip's vectors": (golden_pixels(size), embedder.golden, allowed)}
+    if embedder.photos is not None:
+        allowed += FAST if embedder.quality == "fast" else 0
+        photos = (golden_images(embedder), embedder.photos, allowed)
+        asked["open_clip's vectors of photographs"] = photos
+    for what, (pixels, golden, allowed) in asked.items():
+        found = Fitness(drift(embedder.encode(pixels), golden), allowed)
+        if not found.turned <= allowed:
+            raise unfit(embedder, what, found)
+    return found
+
+
+def unfit(embedder: Embedder, what: str, found: Fitness) -> ModelError:
+    """Return the refusal to serve from a device that computes something else."""
+    return ModelError(
+        f"{embedder.model_name} on {embedder.device} in {embedder.precision} does not give {what}: "
+        f"1 - cosine {found.turned:.1e} > {found.allowed:.1e}; "
+        "set CLIP_PRECISION to fp32, or remove the serving artifact (CLIP_ARTIFACT_DIR)"
+    )
 
 # %% ../nbs/04_embed.ipynb #of-artifact
 def from_disk(artifact_dir: str, *asked: str | None) -> tuple[Artifact, nn.Module] | None:
@@ -239,6 +281,8 @@ def from_disk(artifact_dir: str, *asked: str | None) -> tuple[Artifact, nn.Modul
     try:
         return found and (found, found.tower())
     except ModelError as problem:
+        if found.baked:
+            raise
         log.warning("%s; it is made anew", problem)
         return None
 
@@ -305,11 +349,12 @@ def from_artifact(
         dim=told.image.dim,
         image_size=told.image.image_size,
         device=str(device),
-        precision=told.precision,
+        precision=found.precision,
         preparation=told.preparation,
         quality=quality,
         space_id=told.space_id,
         golden=torch.stack([row_of(text) for text in told.golden.image]),
+        photos=torch.stack([row_of(photo.row) for photo in told.golden.photos]),
         artifact=found,
     )
 
@@ -333,7 +378,9 @@ def through_open_clip(
     )
     if not isinstance(preparation.size, int):  # not square: nothing to compare with
         return replace(embedder, tower=embedder.tower.to(DTYPES[precision]), precision=precision)
-    embedder = replace(embedder, golden=embedder.encode(golden_pixels(preparation.size)))
+    pictures, photos = golden_pixels(preparation.size), golden_images(embedder)
+    rows = {"golden": embedder.encode(pictures), "photos": embedder.encode(photos)}
+    embedder = replace(embedder, **rows)
     rounded = copy.deepcopy(embedder.tower).to(DTYPES[precision])
     wanted = replace(embedder, tower=rounded, precision=precision)
     try:
@@ -358,10 +405,13 @@ def check_choice(
 ) -> list[str]:  # a sentence each; empty when a load can be tried
     """Return what is wrong with the choice of model, without loading it."""
     try:
-        where = pick_device(device)
-        asked = (model_name, pretrained, activation, pick_precision(precision, where), cache_dir)
-        if artifact_dir and artifact.find(artifact_dir, *asked):
-            return []
+        chosen = pick_precision(precision, pick_device(device))
     except ModelError as problem:
         return [str(problem), *check_model(model_name, pretrained, activation)]
+    try:
+        asked = (model_name, pretrained, activation, chosen, cache_dir)
+        if artifact_dir and artifact.find(artifact_dir, *asked):
+            return []
+    except ModelError as problem:  # a damaged one that came with the image
+        return [str(problem)]
     return check_model(model_name, pretrained, activation)

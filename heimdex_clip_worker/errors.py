@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 # %% auto #0
-__all__ = ['WorkerError', 'InvalidRequest', 'AuthFailed', 'AuthExpired', 'DownloadError', 'InvalidUrl', 'UrlNotAllowed',
-           'DnsFailed', 'ConnectFailed', 'TlsError', 'FetchTimeout', 'FetchFailed', 'SourceHttp', 'TooManyRedirects',
-           'BadResponse', 'ImageTooLarge', 'UnsupportedFormat', 'ImageLimits', 'DecodeFailed', 'InferenceFailed',
-           'InternalError', 'StartError', 'SettingsError', 'ModelError', 'to_reply', 'error_table']
+__all__ = ['CALLER_CODES', 'WorkerError', 'InvalidRequest', 'AuthFailed', 'AuthExpired', 'DownloadError', 'InvalidUrl',
+           'UrlNotAllowed', 'DnsFailed', 'ConnectFailed', 'TlsError', 'FetchTimeout', 'FetchFailed', 'SourceHttp',
+           'TooManyRedirects', 'BadResponse', 'ImageTooLarge', 'UnsupportedFormat', 'ImageLimits', 'DecodeFailed',
+           'InferenceFailed', 'InternalError', 'StartError', 'SettingsError', 'ModelError', 'to_reply', 'error_table',
+           'ClipInferenceError', 'ClipInferenceSetupError', 'ClipInferenceAuthError', 'ClipInferenceNetworkError',
+           'ClipInferenceTimeoutError', 'caller_error_table']
 
 # %% ../nbs/00_errors.ipynb #worker-error
 class WorkerError(Exception):
@@ -256,3 +258,77 @@ def error_table() -> dict[str, type[WorkerError]]:  # code -> the class that car
 
     walk(WorkerError)
     return found
+
+# %% ../nbs/00_errors.ipynb #caller-codes
+CALLER_CODES = {  # code -> whether a retry can help, and what has happened
+    "OFF": (False, "`CLIP_INFERENCE_BACKEND=off`: nothing was contacted"),
+    "CLOSED": (False, "The client was closed before"),
+    "WORKER_EXTRA_MISSING": (False, "Backend `local` without `heimdex-clip-worker[worker]`"),
+    "API_KEY_REFUSED": (False, "The platform answered 401 or 403: look at `RUNPOD_API_KEY`"),
+    "ENDPOINT_NOT_FOUND": (False, "The platform knows no `RUNPOD_CLIP_ENDPOINT_ID` of this name"),
+    "SPACE_CHANGED": (False, "Vectors of another space than before, or than `CLIP_SPACE_ID`"),
+    "WRONG_MODEL": (False, "Vectors of another model than `CLIP_MODEL_NAME`"),
+    "UNREACHABLE": (True, "No connection, or one that broke"),
+    "RATE_LIMITED": (True, "The platform answered 429 until the deadline, or asks to wait longer"),
+    "PLATFORM_ERROR": (True, "The platform answered 5xx until the deadline"),
+    "PLATFORM_ANSWER": (True, "The platform's answer is too large, a redirect, or no JSON"),
+    "REQUEST_REFUSED": (False, "The platform refused the request itself (another 4xx)"),
+    "TIMEOUT": (True, "Not done within `RUNPOD_TIMEOUT_S`; the job was cancelled"),
+    "JOB_TIMED_OUT": (True, "The worker took longer than the endpoint's execution timeout"),
+    "JOB_EXPIRED": (True, "The platform has forgotten the job: it waited, or its result, too long"),
+    "JOB_CANCELLED": (True, "Somebody else cancelled the job, or purged the queue"),
+    "JOB_FAILED": (True, "The worker ended without a word of its own, killed for instance"),
+    "NO_OUTPUT": (True, "The job is complete and brought nothing"),
+    "BAD_ANSWER": (False, "A vector, or a list of them, that cannot be the one asked for"),
+    "MINT_FAILED": (True, "The function given as `image_url` raised"),
+    "ABANDONED": (True, "The caller gave the call up; its job was cancelled"),
+}  # fmt: skip
+
+# %% ../nbs/00_errors.ipynb #clip-inference-error
+class ClipInferenceError(Exception):
+    """A call that ends without a vector. Never holds a secret, a signature or a URL's query.
+
+    ClipInferenceError
+    |-- ClipInferenceSetupError             nobody's retry helps: settings, model, space
+    |   `-- ClipInferenceAuthError          the API key, or the signature
+    |-- ClipInferenceNetworkError           the platform: unreachable, 429, 5xx, unreadable
+    `-- ClipInferenceTimeoutError           the deadline has passed, here or there
+    """
+
+    def __init__(
+        self,
+        message: str,  # cause and way out, in one sentence
+        *,
+        code: str = "BAD_ANSWER",  # of CALLER_CODES, or the worker's
+        retryable: bool | None = None,  # None: what CALLER_CODES says
+        request_id: str | None = None,  # of the request that failed, where there is one
+    ):
+        super().__init__(message)
+        self.code = code
+        known = CALLER_CODES.get(code, (False, ""))[0]
+        self.retryable = known if retryable is None else retryable
+        self.request_id = request_id
+
+# %% ../nbs/00_errors.ipynb #below-clip-inference-error
+class ClipInferenceSetupError(ClipInferenceError):
+    """Every call would end like this until somebody changes a setting or the endpoint."""
+
+
+class ClipInferenceAuthError(ClipInferenceSetupError):
+    """The platform refused the API key, or the worker the signature; the message says which."""
+
+
+class ClipInferenceNetworkError(ClipInferenceError):
+    """The platform could not be reached, or answered with what is no answer."""
+
+
+class ClipInferenceTimeoutError(ClipInferenceError):
+    """The call, or its job, took longer than allowed."""
+
+# %% ../nbs/00_errors.ipynb #caller-error-table
+def caller_error_table() -> str:
+    """Return the README's table of the caller's own codes in Markdown."""
+    rows = ["| code | retryable | what has happened |", "| --- | --- | --- |"]
+    for code, (retryable, meaning) in CALLER_CODES.items():
+        rows.append(f"| `{code}` | {'yes' if retryable else 'no'} | {meaning} |")
+    return "\n".join(rows)

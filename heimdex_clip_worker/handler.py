@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -23,7 +23,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['log', 'sealed', 'where', 'Door', 'refuse', 'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service',
            'request_id_of', 'Worker', 'build', 'keys_of', 'limits_of', 'stop_taking_jobs', 'model_problems',
-           'set_up_logging', 'without_cpuinfo', 'serve', 'main']
+           'set_up_logging', 'without_cpuinfo', 'age_s', 'check_fitness', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
 from .auth import Keyring, verify
@@ -51,6 +51,7 @@ from heimdex_clip_worker.errors import (
     WorkerError,
     to_reply,
 )
+from .selftest import Selftest, is_selftest
 from .settings import Settings, from_environ
 from .text import TextEmbedder
 
@@ -184,16 +185,19 @@ async def embed_items(pipeline: Pipeline, space: Space, request: Request) -> dic
 class Service:
     """Door and pipeline together: a job's input in, a reply out, or a WorkerError."""
 
-    def __init__(self, door: Door, pipeline: Pipeline):
+    def __init__(self, door: Door, pipeline: Pipeline, *, selftest: bool = False):
         self.door, self.pipeline = door, pipeline
         model = pipeline.embedder
         self.space = Space(model.model_name, model.pretrained, model.dim, model.space_id)
+        self.selftest = Selftest(pipeline, self.space) if selftest else None
 
     async def answer(
         self,
         job_input: Any,  # whatever came as job["input"]
     ) -> dict[str, Any]:
         """Return the reply to `job_input`; raise WorkerError subclasses."""
+        if self.selftest and is_selftest(job_input):
+            return await self.selftest.answer()
         request = self.door.admit(job_input)
         log.info("Processing request: %s", request.request_id)
         if request.model not in (None, self.space.model):
@@ -273,7 +277,8 @@ def build(settings: Settings) -> Worker:
         pipeline.texts.load()
     bounds = Bounds(max_items=settings.max_images_per_job, dim=embedder.dim)
     door = Door(keys_of(settings), bounds=bounds)
-    return Worker(Service(door, pipeline), on_fatal=stop_taking_jobs)
+    service = Service(door, pipeline, selftest=settings.selftest == "on")
+    return Worker(service, on_fatal=stop_taking_jobs)
 
 # %% ../nbs/06_handler.ipynb #what-it-is-built-of
 def keys_of(settings: Settings) -> Keyring:
@@ -334,20 +339,50 @@ def without_cpuinfo() -> Iterator[None]:
         if there is not None:
             sys.modules["cpuinfo"] = there
 
+# %% ../nbs/06_handler.ipynb #age
+def age_s() -> float:
+    """Return how long this process has lived; elsewhere than on Linux, its processor time."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            born = int(file.read().rpartition(")")[2].split()[19])  # ticks since boot: proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - born / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.process_time()
+
+# %% ../nbs/06_handler.ipynb #check-fitness
+def check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
+    """Warm up, and log how that went and how long the start took; raise what `warm_up` raises."""
+    start = time.perf_counter()
+    fitness = embedder.warm_up()
+    steps = {**spent_s, "warm-up": time.perf_counter() - start}
+    told = "no golden answers to compare with"
+    if fitness is not None:
+        told = f"golden answers 1 - cosine {fitness.turned:.1e} <= {fitness.allowed:.1e}"
+    log.info(
+        "Fit to serve after %.2fs (%s): %s, %s on %s",
+        age_s(), ", ".join(f"{step} {seconds:.2f}s" for step, seconds in steps.items()),
+        told, embedder.precision, embedder.device,
+    )
+
 # %% ../nbs/06_handler.ipynb #serve
-def serve(worker: Worker, settings: Settings) -> None:
+def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> None:
     """Run `worker` under the platform's SDK until it is told to stop."""
+    start = time.perf_counter()
     with without_cpuinfo():
         import runpod
         from runpod.serverless.modules.rp_logger import RunPodLogger
 
+    spent_s = {**spent_s, "SDK": time.perf_counter() - start}
     RunPodLogger().level = {"WARNING": "WARN", "ERROR": "ERROR"}.get(settings.log_level, "INFO")
 
     def secret_is_set() -> None:
         if not (settings.hmac_secret or settings.hmac_keys):
             raise RuntimeError("no key to verify signatures with")
 
-    for check in (secret_is_set, worker.service.pipeline.embedder.warm_up):
+    def warm_up() -> None:
+        check_fitness(worker.service.pipeline.embedder, spent_s)
+
+    for check in (secret_is_set, warm_up):
         runpod.serverless.register_fitness_check(check)
     runpod.serverless.start({
         "handler": worker.handle,
@@ -363,7 +398,7 @@ def main() -> None:
 
         parser.print_help()
         return
-    start = time.perf_counter()
+    imported, start = age_s(), time.perf_counter()
     try:
         settings = from_environ(checks=[model_problems])
         set_up_logging(settings.log_level)
@@ -373,13 +408,12 @@ def main() -> None:
         for problem in str(error).splitlines():
             print(f"[ERROR] Cannot start: {problem}", file=sys.stderr)
         raise SystemExit(1) from None
-    embedder = worker.service.pipeline.embedder
+    embedder, loaded = worker.service.pipeline.embedder, time.perf_counter() - start
     log.info(
         "Loaded %s (%s, %s) on %s in %.1fs",
-        embedder.model_name, embedder.pretrained, embedder.activation, embedder.device,
-        time.perf_counter() - start,
+        embedder.model_name, embedder.pretrained, embedder.activation, embedder.device, loaded,
     )
-    serve(worker, settings)
+    serve(worker, settings, {"import": imported, "load": loaded})
 
 # %% ../nbs/06_handler.ipynb #as-a-program
 if __name__ == "__main__" and "__file__" in globals():

@@ -5,6 +5,7 @@
 # %% ../nbs/12_platform.ipynb #imports
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import hmac
@@ -12,25 +13,37 @@ import inspect
 import itertools
 import json
 import logging
+import os
 import secrets
+import shlex
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import requests
 
+from .settings import environment_for, worker_variables
+
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'MIB', 'RATES', 'FINAL', 'RETRYABLE', 'MS', 'WEEK_S', 'OPERATIONS', 'NEEDS_AIOHTTP', 'Fault', 'Behaviour',
-           'Job', 'public', 'Worker', 'Refused', 'Store', 'Queue', 'Endings', 'Dispatcher', 'Platform', 'health',
-           'reap', 'body', 'milliseconds', 'submit', 'run', 'runsync', 'status', 'stream', 'cancel', 'retry', 'purge',
-           'tell_health', 'take', 'done', 'accept', 'stop', 'ping', 'take_chunk', 'Operation', 'Door', 'Dropped',
-           'answer', 'application', 'sent', 'Server', 'serve', 'worker_env', 'caller_env', 'Caller', 'PlatformServer']
+__all__ = ['log', 'MIB', 'RATES', 'FINAL', 'RETRYABLE', 'MS', 'WEEK_S', 'OPERATIONS', 'NEEDS_AIOHTTP', 'GUARD', 'WORKER',
+           'SIGNALS', 'HMAC', 'INTRODUCTION', 'EXAMPLE', 'Fault', 'Behaviour', 'Job', 'public', 'Worker', 'Refused',
+           'Store', 'Queue', 'Endings', 'Dispatcher', 'Platform', 'health', 'reap', 'body', 'parsed', 'milliseconds',
+           'submit', 'on_run', 'on_runsync', 'on_status', 'on_stream', 'on_cancel', 'on_retry', 'on_purge', 'on_health',
+           'on_take', 'on_done', 'accept', 'on_stop', 'on_ping', 'on_chunk', 'Operation', 'Door', 'Dropped', 'answer',
+           'application', 'hung_up', 'Server', 'serve', 'worker_env', 'caller_env', 'Caller', 'PlatformServer',
+           'guarded', 'kill_group', 'Supervised', 'keep_alive', 'live', 'Staffed', 'start_worker', 'LocalPlatform',
+           'lines_for_callers', 'add_arguments', 'variables_of', 'run']
 
 # %% ../nbs/12_platform.ipynb #fault
 @dataclass(frozen=True)
@@ -154,6 +167,7 @@ class Worker:
     unhealthy: bool = False
     jobs: set[str] = field(default_factory=set)  # in its hands
     stops: set[str] = field(default_factory=set)  # that it is to stop and has not been told of
+    handed: list[Job] = field(default_factory=list)  # by its last job-take
 
     def state(self) -> str:
         """Return the state that `/health` counts it under."""
@@ -346,6 +360,7 @@ class Platform(Dispatcher):
         self.calls: Counter[str] = Counter()  # by operation
         self.pings: deque[dict[str, str]] = deque(maxlen=1000)
         self.strays: deque[tuple[str, str]] = deque(maxlen=1000)  # replies to unknown jobs
+        self.on_stop_pod: Callable[[str], None] = lambda pod: None
 
     async def take(self, worker: Worker, limit: int) -> list[Job]:
         """Give a worker jobs, waiting for the first one."""
@@ -368,6 +383,10 @@ class Platform(Dispatcher):
         self.counts["retried"] += 1
         job.worker = job.taken_at = None
         self.enqueue(job, first=True)
+
+    def supervise(self, pod: str) -> None:
+        """Know a worker that is starting, and stay so while it is down."""
+        self.heard(pod).supervised = True
 
     def lost(self, pod: str, *, unhealthy: bool = False) -> None:
         """Note that a worker is dead: others do its jobs."""
@@ -426,9 +445,18 @@ async def body(request: Any, limit: int) -> dict[str, Any]:
     """Return the JSON object that a request carries."""
     if (request.content_length or 0) > limit or len(data := await request.read()) > limit:
         raise Refused(400, f"bad request: body: exceeded max body size of {limit // MIB}MiB")
+    return parsed(data)
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """Return a JSON object; refuse what is none, NaN and Infinity among it."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
     try:
-        found = json.loads(data)
-    except ValueError as error:
+        found = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise Refused(400, f"bad request: body: not JSON: {error}") from None
     if not isinstance(found, dict):
         raise Refused(400, "bad request: body: not a JSON object")
@@ -449,8 +477,8 @@ async def submit(platform: Platform, request: Any, *, sync: bool) -> Job:
     asked = await body(request, limits.max_runsync_bytes if sync else limits.max_run_bytes)
     if "input" not in asked:
         raise Refused(400, "bad request: body: no input")
-    if asked.get("webhook"):
-        raise Refused(400, "the local platform calls no webhook: ask for the status instead")
+    for beyond in {"webhook", "s3Config"} & asked.keys():
+        raise Refused(400, f"the local platform knows no {beyond}")
     policy = asked.get("policy") or {}
     if not isinstance(policy, dict):
         raise Refused(400, "bad request: policy: not a JSON object")
@@ -467,12 +495,12 @@ async def submit(platform: Platform, request: Any, *, sync: bool) -> Job:
     return job
 
 # %% ../nbs/12_platform.ipynb #caller-operations
-async def run(platform: Platform, request: Any) -> str:
+async def on_run(platform: Platform, request: Any) -> str:
     """Submit a job."""
     return public(await submit(platform, request, sync=False))
 
 
-async def runsync(platform: Platform, request: Any) -> str:
+async def on_runsync(platform: Platform, request: Any) -> str:
     """Submit a job and wait for its end; say how far it is when that takes too long."""
     said = request.query.get("wait")
     wait_s = platform.behaviour.wait_s
@@ -485,53 +513,55 @@ async def runsync(platform: Platform, request: Any) -> str:
     return public(job)
 
 
-async def status(platform: Platform, request: Any) -> str:
+async def on_status(platform: Platform, request: Any) -> str:
     """Tell how a job is."""
     return public(platform.find(request.match_info["job"]))
 
 
-async def stream(platform: Platform, request: Any) -> str:
+async def on_stream(platform: Platform, request: Any) -> str:
     """Tell how a job is, with what it has streamed since the last such call."""
     job = platform.find(request.match_info["job"])
     chunks, job.chunks = job.chunks, []
     return json.dumps({"status": job.status, "stream": chunks})
 
 
-async def cancel(platform: Platform, request: Any) -> str:
+async def on_cancel(platform: Platform, request: Any) -> str:
     """Cancel a job."""
     platform.cancel(job := platform.find(request.match_info["job"]))
     return public(job)
 
 # %% ../nbs/12_platform.ipynb #more-caller-operations
-async def retry(platform: Platform, request: Any) -> str:
+async def on_retry(platform: Platform, request: Any) -> str:
     """Queue a job again that has FAILED or TIMED_OUT."""
     platform.retry(job := platform.find(request.match_info["job"]))
     return json.dumps({"id": job.id, "status": job.status})
 
 
-async def purge(platform: Platform, request: Any) -> str:
+async def on_purge(platform: Platform, request: Any) -> str:
     """Cancel all jobs that wait."""
     return json.dumps({"removed": platform.purge(), "status": "completed"})
 
 
-async def tell_health(platform: Platform, request: Any) -> str:
+async def on_health(platform: Platform, request: Any) -> str:
     """Count jobs and workers."""
     return health(platform)
 
 # %% ../nbs/12_platform.ipynb #worker-operations
-async def take(platform: Platform, request: Any) -> str | None:
+async def on_take(platform: Platform, request: Any) -> str | None:
     """Give a worker jobs."""
     batch = request.match_info["kind"] == "job-take-batch"
-    limit = int(request.query.get("batch_size", 1)) if batch else 1
+    size = request.query.get("batch_size", "1") if batch else "1"
+    if not size.isdecimal():
+        raise Refused(400, f"bad request: batch_size: {size!r:.50} is no number")
     worker = platform.heard(request.match_info["worker"])
     worker.polls, worker.unhealthy = True, False
-    jobs = await platform.take(worker, limit)
-    request["taken"] = jobs
+    jobs = await platform.take(worker, int(size))
+    worker.handed = jobs
     told = [f'{{"id": "{job.id}", "input": {job.input}}}' for job in jobs]
     return (f"[{', '.join(told)}]" if batch else told[0]) if told else None
 
 
-async def done(platform: Platform, request: Any) -> str:
+async def on_done(platform: Platform, request: Any) -> str:
     """Take a worker's reply to a job."""
     pod, name = request.match_info["worker"], request.match_info["job"]
     platform.heard(pod)
@@ -545,27 +575,28 @@ async def done(platform: Platform, request: Any) -> str:
         if job.worker == pod:
             platform.put_back(job, f"the result is too large: {len(data)} bytes > {limit} allowed")
         raise Refused(400, f"bad request: body: exceeded max body size of {limit // MIB}MiB")
-    reply = json.loads(data)
+    reply = parsed(data)
     if limits.rewrite:
         reply = limits.rewrite(reply)
     if reply is not None:
-        accept(platform, job, reply)
+        accept(platform, job, reply, pod)
     return json.dumps("ok")
 
 
-def accept(platform: Platform, job: Job, reply: dict[str, Any]) -> None:
+def accept(platform: Platform, job: Job, reply: dict[str, Any], pod: str) -> None:
     """Let a reply decide how a job ends, unless it has ended."""
     job.replies += 1
+    if reply.get("stopPod"):
+        platform.on_stop_pod(pod)
     if job.status in FINAL:
         return
-    if worker := platform.workers.get(job.worker or ""):
-        worker.jobs.discard(job.id)
+    platform.workers[pod].jobs.discard(job.id)
     output, error = reply.get("output"), reply.get("error")
     text = None if output is None else json.dumps(output)
     platform.settle(job, "FAILED" if error else "COMPLETED", text, error and str(error))
 
 # %% ../nbs/12_platform.ipynb #more-worker-operations
-async def stop(platform: Platform, request: Any) -> str | None:
+async def on_stop(platform: Platform, request: Any) -> str | None:
     """Tell a worker which of its jobs to stop."""
     worker = platform.heard(request.match_info["worker"])
     deadline = time.monotonic() + platform.behaviour.stop_hold_s
@@ -576,7 +607,7 @@ async def stop(platform: Platform, request: Any) -> str | None:
     return json.dumps({"jobsToStop": names}) if names else None
 
 
-async def ping(platform: Platform, request: Any) -> str:
+async def on_ping(platform: Platform, request: Any) -> str:
     """Note that a worker lives."""
     worker = platform.heard(request.match_info["worker"])
     worker.unhealthy = worker.unhealthy or request.query.get("status") == "unhealthy"
@@ -584,7 +615,7 @@ async def ping(platform: Platform, request: Any) -> str:
     return json.dumps("ok")
 
 
-async def take_chunk(platform: Platform, request: Any) -> str:
+async def on_chunk(platform: Platform, request: Any) -> str:
     """Keep what a worker streams."""
     job = platform.find(request.match_info["job"])
     job.chunks = [*job.chunks[-999:], await body(request, MIB)]
@@ -603,19 +634,19 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation("run", "POST", "/run", run),
-    Operation("runsync", "POST", "/runsync", runsync),
-    Operation("status", "GET", "/status/{job}", status),
-    Operation("stream", "GET", "/stream/{job}", stream),
-    Operation("cancel", "POST", "/cancel/{job}", cancel),
-    Operation("retry", "POST", "/retry/{job}", retry),
-    Operation("purge-queue", "POST", "/purge-queue", purge),
-    Operation("health", "GET", "/health", tell_health),
-    Operation("job-take", "GET", "/{kind:job-take|job-take-batch}/{worker}", take, worker=True),
-    Operation("job-done", "POST", "/job-done/{worker}/{job}", done, worker=True),
-    Operation("job-stream", "POST", "/job-stream/{worker}/{job}", take_chunk, worker=True),
-    Operation("job-stop", "GET", "/job-stop/{worker}", stop, worker=True),
-    Operation("ping", "GET", "/ping/{worker}", ping, worker=True),
+    Operation("run", "POST", "/run", on_run),
+    Operation("runsync", "POST", "/runsync", on_runsync),
+    Operation("status", "GET", "/status/{job}", on_status),
+    Operation("stream", "GET", "/stream/{job}", on_stream),
+    Operation("cancel", "POST", "/cancel/{job}", on_cancel),
+    Operation("retry", "POST", "/retry/{job}", on_retry),
+    Operation("purge-queue", "POST", "/purge-queue", on_purge),
+    Operation("health", "GET", "/health", on_health),
+    Operation("job-take", "GET", "/{kind:job-take|job-take-batch}/{worker}", on_take, worker=True),
+    Operation("job-done", "POST", "/job-done/{worker}/{job}", on_done, worker=True),
+    Operation("job-stream", "POST", "/job-stream/{worker}/{job}", on_chunk, worker=True),
+    Operation("job-stop", "GET", "/job-stop/{worker}", on_stop, worker=True),
+    Operation("ping", "GET", "/ping/{worker}", on_ping, worker=True),
 )
 
 # %% ../nbs/12_platform.ipynb #door
@@ -633,9 +664,12 @@ class Door:
         if request.host.rpartition(":")[0] not in ("127.0.0.1", "localhost"):
             raise Refused(403, "the local platform answers calls to 127.0.0.1 only")
         said = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(said.encode(), self.keys[operation.worker].encode()):
-            hint = " (a key in ~/.runpod/config.toml takes its place: move that file away)"
-            raise Refused(401, "unauthorized: wrong key" + (hint if operation.worker else ""))
+        said, key = (k.encode("utf-8", "replace") for k in (said, self.keys[operation.worker]))
+        if not hmac.compare_digest(said, key):
+            if operation.worker and not self.platform.calls["wrong worker key"]:
+                log.warning("a worker has the wrong key; one in ~/.runpod/config.toml goes first")
+            self.platform.calls["wrong worker key"] += operation.worker
+            raise Refused(401, "unauthorized: wrong key")
         if request.match_info["endpoint"] != self.endpoint_id:
             raise Refused(404, "endpoint not found")
 
@@ -697,7 +731,14 @@ def application(door: Door) -> Any:  # aiohttp.web.Application
             except Dropped:
                 request.transport.abort()
                 raise asyncio.CancelledError from None
-            return await sent(door.platform, request, response)
+            try:
+                await response.prepare(request)
+                await response.write_eof()
+            except (ConnectionError, asyncio.CancelledError):
+                if operation.name == "job-take":
+                    hung_up(door.platform, request.match_info["worker"])
+                raise
+            return response
 
         return handle
 
@@ -708,17 +749,12 @@ def application(door: Door) -> Any:  # aiohttp.web.Application
     return app
 
 
-async def sent(platform: Platform, request: Any, response: Any) -> Any:
-    """Send a response; jobs in one that cannot be sent are put back."""
-    try:
-        await response.prepare(request)
-        await response.write_eof()
-    except (ConnectionError, asyncio.CancelledError):
-        for job in reversed(request.get("taken", ())):
+def hung_up(platform: Platform, pod: str) -> None:
+    """Put the jobs back that a worker was to be given, for they did not reach it."""
+    for job in reversed(platform.heard(pod).handed):
+        if (job.status, job.worker) == ("IN_PROGRESS", pod):
             job.attempts -= 1
             platform.put_back(job, "the worker hung up")
-        raise
-    return response
 
 # %% ../nbs/12_platform.ipynb #server
 NEEDS_AIOHTTP = "the local platform needs aiohttp: pip install 'heimdex-clip-worker[worker]'"
@@ -766,7 +802,7 @@ class Server:
             found = act(*args, **options)
             return await found if inspect.isawaitable(found) else found
 
-        return asyncio.run_coroutine_threadsafe(on_the_loop(), self.loop).result()
+        return asyncio.run_coroutine_threadsafe(on_the_loop(), self.loop).result(30)
 
 # %% ../nbs/12_platform.ipynb #serve
 async def serve(server: Server, ready: Callable[[], None]) -> None:
@@ -894,3 +930,287 @@ class PlatformServer(Caller):
     def lose(self, pod: str = "pod-1") -> None:
         """Have a worker declared dead, as if it had fallen silent."""
         self.call(self.platform.lost, pod)
+
+# %% ../nbs/12_platform.ipynb #guard
+GUARD = """
+import os, signal, subprocess, sys, threading
+
+def follow():
+    os.read(0, 1)  # returns when whoever started this is gone
+    os.killpg(0, signal.SIGKILL)
+
+children = []
+signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+threading.Thread(target=follow, daemon=True).start()
+children.append(subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL))
+code = children[0].wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+
+
+def guarded(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a command that ends with this process; what it prints comes through a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GUARD, *command], env=dict(env), text=True,
+        errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """Kill a guarded command and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+
+# %% ../nbs/12_platform.ipynb #supervised
+class Supervised:
+    """A worker process that is started again whenever it ends."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],  # the whole environment
+        *,
+        say: Callable[[str], None],  # called with each line that it prints
+        ended: Callable[[bool], None],  # called at each end; was it a crash?
+        pause_s: float,  # after the first crash
+    ):
+        self.command, self.env, self.pause_s = command, env, pause_s
+        self.lines: deque[str] = deque(maxlen=500)  # the last that it printed
+        self.starts, self.process = 0, None
+        self._say, self.ended, self.closing = say, ended, threading.Event()
+        self._keeper = threading.Thread(target=keep_alive, args=(self,), daemon=True)
+        self._keeper.start()
+
+    def say(self, line: str) -> None:
+        """Keep a line, and pass it on."""
+        self.lines.append(line)
+        self._say(line)
+
+    def terminate(self) -> None:
+        """Ask the worker to finish the jobs in hand and to end."""
+        if self.process:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End the worker at once, with all that belongs to it."""
+        if self.process:
+            kill_group(self.process)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end of a worker that is `closing`; make an end of it after that."""
+        self._keeper.join(max(timeout_s, 0))
+        if self._keeper.is_alive():
+            self.kill()
+            self._keeper.join(10)
+
+# %% ../nbs/12_platform.ipynb #keep-alive
+def keep_alive(worker: Supervised) -> None:
+    """Run a worker until it is `closing`, as often as that takes."""
+    crashes = 0
+    while not worker.closing.is_set():
+        began = time.monotonic()
+        code = live(worker)
+        if worker.closing.is_set():
+            return
+        worker.ended(code != 0)
+        if code:
+            crashes = 1 if time.monotonic() - began > 60 else crashes + 1
+            pause_s = min(worker.pause_s * 2 ** (crashes - 1), 30)
+            worker.say(f"[ended with status {code}; starts again in {pause_s:g} s]")
+            worker.closing.wait(pause_s)
+
+
+def live(worker: Supervised) -> int:
+    """Run a worker once; return its exit status."""
+    worker.process = process = guarded(worker.command, worker.env)
+    worker.starts += 1
+    if worker.closing.is_set():
+        process.terminate()
+
+    def read() -> None:
+        with process.stdout:
+            for line in process.stdout:
+                worker.say(line.rstrip())
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    code = process.wait()
+    kill_group(process)  # what it left behind
+    reader.join(5)
+    return code
+
+# %% ../nbs/12_platform.ipynb #staffed
+WORKER = (sys.executable, "-m", "heimdex_clip_worker.handler")
+
+
+class Staffed(PlatformServer):
+    """A platform with worker processes under it."""
+
+    def __init__(
+        self,
+        *,
+        workers: int = 1,
+        command: Sequence[str] = WORKER,
+        env: Mapping[str, str] | None = None,  # what workers have besides the platform's variables
+        inherit: bool = True,  # and besides this process's environment, less our variables
+        echo: Callable[[str], None] = lambda line: None,  # called with each line that they print
+        pause_s: float = 1.0,  # before a crashed worker starts again; doubles with each crash
+        grace_s: float = 10.0,  # to finish the jobs in hand at the end
+        **options: Any,  # of PlatformServer
+    ):
+        super().__init__(**options)
+        self.command, self.env, self.inherit = command, dict(env or {}), inherit
+        self.echo, self.pause_s, self.grace_s = echo, pause_s, grace_s
+        self.pods = [f"pod-{number + 1}" for number in range(workers)]
+        self.workers: dict[str, Supervised] = {}
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        self.platform.on_stop_pod = lambda pod: self.workers[pod].terminate()
+        for pod in self.pods:
+            self.call(self.platform.supervise, pod)
+        for pod in self.pods:
+            self.workers[pod] = start_worker(self, pod)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for worker in self.workers.values():
+            worker.closing.set()
+            worker.terminate()
+        deadline = time.monotonic() + self.grace_s
+        for worker in self.workers.values():
+            worker.join(deadline - time.monotonic())
+        super().__exit__(*exc)
+
+# %% ../nbs/12_platform.ipynb #start-worker
+def start_worker(server: Staffed, pod: str) -> Supervised:
+    """Start one of a platform's workers."""
+    variables = {**server.env, **server.worker_env(pod)}
+    return Supervised(
+        server.command,
+        environment_for(variables) if server.inherit else variables,
+        say=lambda line: server.echo(f"{pod} | {line}"),
+        ended=lambda crash: server.call(server.platform.lost, pod, unhealthy=crash),
+        pause_s=server.pause_s,
+    )
+
+# %% ../nbs/12_platform.ipynb #local-platform
+class LocalPlatform(Staffed):
+    """A platform with worker processes under it; all of them end with the block, or with us."""
+
+    def kill(self, pod: str = "pod-1") -> None:
+        """Kill a worker in the middle of what it does; it is started again."""
+        self.workers[pod].kill()
+
+    def wait_ready(self, timeout_s: float = 120) -> None:
+        """Wait until every worker asks for jobs; fail with its last lines when one ends instead."""
+        deadline = time.monotonic() + timeout_s
+        for pod, worker in self.workers.items():
+            while not self.platform.workers[pod].polls:
+                if worker.starts > 1 or time.monotonic() > deadline:
+                    what = "does not start" if worker.starts > 1 else f"not ready in {timeout_s} s"
+                    raise RuntimeError(f"{pod}: {what}\n" + "\n".join([*worker.lines][-40:]))
+                time.sleep(0.02)
+
+# %% ../nbs/12_platform.ipynb #lines-for-callers
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HMAC = ("EMBEDDING_HMAC_SECRET", "EMBEDDING_HMAC_KEYS")
+
+
+def lines_for_callers(server: Server, secret: str | None) -> str:
+    """Return what to type in a caller's shell."""
+    variables = server.caller_env() | ({HMAC[0]: secret} if secret else {})
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    if not secret:
+        lines.append(f"# and {HMAC[0]} or {HMAC[1]}, as in the shell that this was started from")
+    return "\n".join(lines)
+
+
+INTRODUCTION = """\
+A local platform, for development only: it keeps nothing, and answers this machine alone.
+
+  base URL     {server.base_url}
+  endpoint id  {server.endpoint_id}
+  API key      {server.api_key}
+
+In the shell of a caller:
+
+{lines}
+
+{count} worker(s), started now; what they print follows. Ctrl-C ends everything.
+"""
+
+# %% ../nbs/12_platform.ipynb #arguments
+EXAMPLE = """\
+example: heimdex-clip platform --workers 2 --device cpu --loopback-images
+         then, in another shell, the export lines that it prints, and
+         heimdex-clip embed https://example.com/photo.jpg
+exit status: 0 ended by SIGTERM, 1 failed, 2 wrong usage, 130 ended by Ctrl-C"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.epilog = EXAMPLE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--workers", type=int, default=1, metavar="N", help="worker processes (default: 1)")
+    add("--port", type=int, default=0, help="port on 127.0.0.1 (default: any that is free)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="CLIP_DEVICE; cpu needs no GPU")
+    add("--seeded", metavar="FOLDER", help="no weights at hand: seeded random ones, made in FOLDER")
+    add("--loopback-images", action="store_true", help="let workers fetch from 127.0.0.0/8")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="a worker's variable")
+    add("--max-attempts", type=int, default=3, metavar="N", help="workers that may die over a job")
+    add("command", nargs="*", help="after --: what to run as a worker (default: the handler)")
+
+
+def variables_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the workers' variables; raise ValueError for what is no variable."""
+    variables = worker_variables()
+    variables |= {"CLIP_DEVICE": args.device} if args.device else {}
+    if args.loopback_images:
+        variables["ALLOWED_PRIVATE_NETWORKS"] = "127.0.0.0/8"
+    if args.seeded:
+        from heimdex_clip_worker.demo import seeded_checkpoint
+
+        variables["CLIP_PRETRAINED"] = str(seeded_checkpoint(Path(args.seeded)).resolve())
+    for given in args.env:
+        name, equals, value = given.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--env {given}: must be NAME=VALUE")
+        variables[name] = value
+    return variables
+
+# %% ../nbs/12_platform.ipynb #run
+def run(args: argparse.Namespace) -> int:
+    """Run a local platform until a signal comes; return the exit status."""
+    logging.basicConfig(format="[%(levelname)s] %(message)s", level=logging.INFO)
+    try:
+        if not 0 <= args.workers <= 64 or not 0 <= args.port <= 65_535 or args.max_attempts < 1:
+            raise ValueError("--workers is 0 to 64, --port 0 to 65535, --max-attempts 1 or more")
+        variables = variables_of(args)
+    except ValueError as error:
+        print(f"[ERROR] {error}", file=sys.stderr)
+        return 2
+    secret = None if any(variables.get(name) for name in HMAC) else secrets.token_hex(32)
+    variables |= {HMAC[0]: secret} if secret else {}
+    came: SimpleQueue[int] = SimpleQueue()
+    before = {n: signal.signal(n, lambda number, _: came.put(number)) for n in SIGNALS}
+    try:
+        with LocalPlatform(
+            workers=args.workers, port=args.port, command=args.command or WORKER, env=variables,
+            echo=lambda line: print(line, flush=True), max_attempts=args.max_attempts,
+        ) as server:  # fmt: skip
+            lines = lines_for_callers(server, secret)
+            print(INTRODUCTION.format(server=server, lines=lines, count=args.workers), flush=True)
+            number = came.get()
+            print("Ending: the workers finish the jobs in hand ...", file=sys.stderr, flush=True)
+    except (OSError, RuntimeError) as error:
+        print(f"[ERROR] The local platform failed: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    return 130 if number == signal.SIGINT else 0

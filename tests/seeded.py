@@ -1,8 +1,6 @@
 """Seeded weights in a cache of the Hugging Face hub: the tag `openai` without the internet.
 
-The weights are random but always the same, and exact in float16, which halves the files. Two
-touches make them more like trained ones, so that GELU and QuickGELU give clearly different vectors:
-most neurons of a block are off most of the time, and those that are on count.
+The weights are those of `nbs/13f_golden.ipynb`: random, always the same, and exact in float16.
 """
 
 from __future__ import annotations
@@ -13,30 +11,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from heimdex_clip_worker.golden import seeded_state
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "seeded-hub"  # an HF_HOME; git-ignored, built once, about 300 MB
 REPO = "timm/vit_base_patch32_clip_224.openai"  # as open_clip 3.3.0 asks for ViT-B-32, openai
 FILE = "open_clip_model.safetensors"
 REVISION = hashlib.sha1(b"seeded weights, version 1").hexdigest()  # raise it to rebuild the cache
-
-
-def seeded_state(model_name: str = "ViT-B-32") -> dict:  # name -> float16 tensor
-    """Return the weights of a whole CLIP model, the same on every call."""
-    import open_clip
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.create_model(model_name, pretrained_text=False)
-    for name, weight in model.named_parameters():
-        if name.endswith("mlp.c_fc.bias"):
-            weight.data -= 2
-        elif name.endswith("mlp.c_proj.weight"):
-            weight.data *= 4
-    return {
-        name: t.half().contiguous() if t.is_floating_point() else t
-        for name, t in model.state_dict().items()
-    }
 
 
 def write_checkpoint(

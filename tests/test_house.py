@@ -35,18 +35,24 @@ MAY_IMPORT = {
     "preprocess": {"errors"},
     "weights": {"errors"},
     "tower": {"errors"},
-    "artifact": {"errors", "weights", "tower", "preprocess"},
-    "embed": {"errors", "weights", "tower", "artifact", "preprocess"},
+    "artifact": {"errors", "decode", "weights", "tower", "preprocess"},
+    "embed": {"errors", "decode", "weights", "tower", "artifact", "preprocess"},
     "text": {"errors", "weights", "tower", "artifact", "embed"},
+    "bake": {"errors", "weights", "tower", "artifact", "embed", "text"},
     "batch": {"errors", "download", "decode", "preprocess", "embed"},
+    "selftest": {"errors", "contract", "artifact", "embed", "batch"},
     "handler": {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
-        "embed", "text", "batch",
+        "embed", "text", "batch", "selftest",
     },
-    "client": {"errors", "auth", "contract", "settings"},
+    "endpoint": {"errors", "auth", "settings"},
+    "client": {"errors", "auth", "contract", "settings", "endpoint", "local"},
     "backfill": {"errors", "settings", "client", "contract"},
+    "deploy": {"errors", "settings"},
 }  # fmt: skip
-COMMANDS = {"demo", "platform", "cli"}  # may import anything, the heavy things inside functions
+# These may import anything, the heavy things inside functions.
+COMMANDS = {"demo", "platform", "local", "cli", "console", "request", "vectors", "embedding"}
+COMMANDS |= {"search", "golden", "verify"}
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {
@@ -59,9 +65,13 @@ MAY_NOT_IMPORT = {
     "tower": {"torchvision", "requests", "aiohttp", "runpod"},
     "artifact": {"torchvision", "requests", "aiohttp", "runpod"},
     "text": {"requests", "aiohttp", "runpod"},
+    "bake": {"torchvision", "requests", "aiohttp", "runpod"},
     "embed": {"requests", "aiohttp", "runpod"},
+    "selftest": {"requests", "aiohttp", "runpod"},
+    "endpoint": HEAVY,
     "client": HEAVY,
     "backfill": HEAVY,
+    "deploy": HEAVY,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}
@@ -213,6 +223,11 @@ def test_a_module_imports_only_what_comes_before_it(path: Path) -> None:
     assert own_imports(path) <= MAY_IMPORT[path.stem]
 
 
+def test_the_client_starts_the_worker_in_this_process_only_when_asked() -> None:
+    places = {where for m, n, where in imports(PACKAGE / "client.py") if "local" in (n, m[-5:])}
+    assert places == {"open_backend"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_keeps_to_its_libraries(path: Path) -> None:
     used = other_imports(path)
@@ -223,7 +238,8 @@ def test_a_module_keeps_to_its_libraries(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_a_module_imports_is_declared(path: Path) -> None:
-    lines = (config()["requirements"] + config()["worker_requirements"]).splitlines()
+    keys = ("requirements", "worker_requirements", "backfill_requirements")
+    lines = "\n".join(config()[key] for key in keys).splitlines()
     declared = {Requirement(line).name.lower().replace("_", "-") for line in lines if line}
     assert {DISTRIBUTION.get(name, name) for name in other_imports(path)} <= declared
 
@@ -256,19 +272,19 @@ def test_light_modules_stay_light() -> None:
 
 
 def test_the_readme_names_every_environment_variable() -> None:
-    from heimdex_clip_worker.settings import VARIABLES
+    from heimdex_clip_worker.settings import CLIENT_VARIABLES, VARIABLES
 
-    names = {variable.name for variable in VARIABLES.values()}
-    assert {"EMBEDDING_HMAC_SECRET", "CLIP_PRETRAINED"} <= names
+    names = {variable.name for variable in [*VARIABLES.values(), *CLIENT_VARIABLES.values()]}
+    assert {"EMBEDDING_HMAC_SECRET", "CLIP_PRETRAINED", "RUNPOD_API_KEY"} <= names
     text = README.read_text(encoding="utf-8")
     assert sorted(name for name in names if f"`{name}`" not in text) == []
 
 
 def test_the_readme_names_every_error_code() -> None:
-    from heimdex_clip_worker.errors import error_table
+    from heimdex_clip_worker.errors import CALLER_CODES, error_table
 
     text = README.read_text(encoding="utf-8")
-    assert [code for code in error_table() if f"`{code}`" not in text] == []
+    assert [code for code in [*error_table(), *CALLER_CODES] if f"`{code}`" not in text] == []
 
 
 def test_the_readme_names_every_field_on_the_wire() -> None:

@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import requests
 from local_worker import SECRET, PhotoServer, WorkerProcess, free_port, local_server, plain_env
 from seeded import hub_env
 
@@ -28,6 +30,7 @@ curl -sS --noproxy '*' --max-time 30 -H 'Content-Type: application/json' "$WORKE
   }
 }"
 """
+ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 200_000  # MAX_IMAGE_SIZE_BYTES of the worker here
 Ask = Callable[..., dict]
 
@@ -145,3 +148,11 @@ def test_the_log_tells_all_of_it_and_no_secret(server, ask: Ask, photos: PhotoSe
     assert "[INFO] Image downloaded successfully: (451, 300)" in worker.stderr
     for secret in (SECRET, "query-token-in-no-log", "token=", "Traceback"):
         assert secret not in worker.output
+
+
+def test_the_hubs_test_passes_without_a_signature(server: tuple[WorkerProcess, str]) -> None:
+    [case] = json.loads((ROOT / ".runpod" / "tests.json").read_text(encoding="utf-8"))["tests"]
+    reply = requests.post(f"{server[1]}/runsync", json={"input": case["input"]}, timeout=30).json()
+
+    assert (reply["status"], reply["output"]["selftest"]) == ("COMPLETED", "ok")
+    assert reply["output"]["cosine"] > 0.999 and "embedding" not in reply["output"]

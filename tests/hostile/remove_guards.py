@@ -28,6 +28,7 @@ TESTS = {
     "decode": [f"{HOSTILE}/test_image_rows.py", "tests/test_decode.py"],
     "embed": ["tests/test_decode.py", "tests/test_embed.py"],
     "handler": [f"{HOSTILE}/test_payload_rows.py", f"{HOSTILE}/test_fault_rows.py"],
+    "selftest": [f"{HOSTILE}/test_selftest_rows.py"],
 }
 
 
@@ -129,6 +130,14 @@ HANDLER = [
     ("SystemExit stays in its job", "except BaseException as error:", "except Exception as error:"),
     ("a lost device stays lost", "            if self.lost:", "            if False:"),
 ]  # fmt: skip
+SELFTEST = [
+    ("true is true", 'job_input.get("selftest") is True', 'job_input.get("selftest")'),
+    ("nothing beside it", "len(job_input) == 1 and ", ""),
+    ("once in ten seconds", "self.clock() - self._ended >= EVERY_S", "True"),
+    ("one run for all", "old = last and last.done() and", "old ="),
+    ("a run belongs to nobody", "await asyncio.wait([task])", "await task"),
+    ("the golden rows", "if not turned <= ", "if not 0 <= "),
+]
 GUARDS = [
     Guard(module, *entry)
     for module, entries in (
@@ -137,6 +146,7 @@ GUARDS = [
         ("decode", DECODE),
         ("embed", EMBED),
         ("handler", HANDLER),
+        ("selftest", SELFTEST),
     )
     for entry in entries
 ]

@@ -37,7 +37,6 @@ class Row:
     troubles: dict[str, Any] = field(default_factory=dict)  # address -> exception or seconds
     look_ups: int | None = None
     most: int | None = None  # connections, where `dials` does not say which
-    xfail: str = ""  # what is wrong today
 
 
 def row(id: str, code: str, answer: Any, *dials: str, **more: Any) -> Row:

@@ -41,7 +41,6 @@ class Row:
     fail: Callable[[torch.Tensor], Any]  # (N, 5) -> rows, or raises
     fatal: bool = False
     in_tower: bool = True  # below the embedder's own error handling, else in its place
-    wrong_now: str = ""  # why the code fails this row today
 
 
 def raises(error: BaseException) -> Callable[[torch.Tensor], Any]:

@@ -33,7 +33,6 @@ class Row:
     retryable: bool | None = None  # None: as the error's class says
     policy: Policy = Policy()
     says: str = ""  # a part of the public message
-    xfail: str = ""  # what is wrong today
 
 
 def row(id: str, code: str, script: Script | Sequence[bytes], **more: Any) -> Row:

@@ -30,7 +30,6 @@ class Row:
     environment: dict[str, str] = field(default_factory=dict)  # {ca}, {folder} are filled in
     limits: dict[str, Any] = field(default_factory=dict)
     hears: int = 0  # requests that the server may get to see
-    xfail: str = ""  # what is wrong today
 
 
 async def hang(peer: Peer) -> None:

@@ -34,7 +34,6 @@ class Row:
     sends: str = ""
     host: str = ""
     looks_up: bool = False  # refused by what the look-up answers; before it otherwise
-    xfail: str = ""  # what is wrong today
 
 
 def invalid(id: str, url: object, policy: Policy = ANY) -> Row:

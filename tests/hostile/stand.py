@@ -85,6 +85,7 @@ def make_worker(
     embedder: Any = None,
     on_fatal: Callable[[], None] = lambda: None,
     limits: PixelLimits | None = None,
+    selftest: bool = True,
 ) -> Worker:
     """Return a worker whose clock stands at the kit's time."""
     pipeline = Pipeline(
@@ -95,7 +96,7 @@ def make_worker(
         load_text=FakeText.load,
     )
     door = Door(keyring(kit), clock=lambda: kit.now + 0.25)
-    return Worker(Service(door, pipeline), on_fatal=on_fatal)
+    return Worker(Service(door, pipeline, selftest=selftest), on_fatal=on_fatal)
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +114,7 @@ def loopback() -> Policy:
 
 
 def code_of(reply: dict[str, Any]) -> str:
-    """Check a reply's form; return its code, "OK" for a vector or for many results."""
+    """Check a reply's form; return its code: OK for a vector or many results, SELFTEST for that."""
     text = json.dumps(reply, allow_nan=False, ensure_ascii=False).encode().decode()
     assert not SECRETS.search(text), text[:300]
     if "results" in reply:
@@ -126,6 +127,11 @@ def code_of(reply: dict[str, Any]) -> str:
         assert len(decode_vector(reply["embedding"])) == reply["dim"]
         assert all(type(value) is float for value in decode_vector(reply["embedding"]))
         return "OK"
+    if "selftest" in reply:
+        known = "request_id selftest dim model pretrained space_id cosine timings"
+        assert reply.keys() == set(known.split()) and reply["selftest"] == "ok"
+        assert all(type(value) is float for value in reply["timings"].values())
+        return "SELFTEST"
     assert reply["code"] in CODES
     assert type(reply["error"]) is str and type(reply["retryable"]) is bool
     assert reply.keys() <= {"error", "code", "retryable", "request_id", "refresh_worker"}

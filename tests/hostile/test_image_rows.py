@@ -15,22 +15,16 @@ from heimdex_clip_worker.decode import PixelLimits, decode
 from heimdex_clip_worker.embed import make_transform, trim
 from heimdex_clip_worker.errors import WorkerError
 
+LIGHT = [row for row in rows_image.ROWS if not row.heavy]
+HEAVY = [row for row in rows_image.ROWS if row.heavy]
+
 
 def reference(data: bytes) -> Image.Image:
     """Return what open_clip's pipeline sees: no orientation, no profile, no alpha."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def params(rows):
-    """Return the rows as parameters, known failures marked."""
-    found = []
-    for row in rows:
-        marks = [pytest.mark.xfail(strict=True, reason=row.wrong_now)] if row.wrong_now else []
-        found.append(pytest.param(row, id=row.id, marks=marks))
-    return found
-
-
-@pytest.mark.parametrize("row", params(r for r in rows_image.ROWS if not r.heavy))
+@pytest.mark.parametrize("row", LIGHT, ids=lambda row: row.id)
 def test_row(row):
     data, image = row.build(), None
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -52,7 +46,7 @@ def test_row(row):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures by /proc")
-@pytest.mark.parametrize("row", params(r for r in rows_image.ROWS if r.heavy))
+@pytest.mark.parametrize("row", HEAVY, ids=lambda row: row.id)
 def test_heavy_row(row, tmp_path):
     file = tmp_path / "image"
     file.write_bytes(row.build())

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import certifi
@@ -131,18 +130,6 @@ def expect(outcome: Outcome, row: Any, body: bytes = PHOTO) -> None:
         assert outcome.body == body
 
 
-def rows(module: ModuleType) -> list[Any]:
-    """Return a module's rows as parameters; what is wrong today must fail, or be unmarked."""
-    return [
-        pytest.param(
-            row,
-            id=row.id,
-            marks=[pytest.mark.xfail(strict=True, reason=row.xfail)] if row.xfail else [],
-        )
-        for row in module.ROWS
-    ]
-
-
 # Certificates
 
 
@@ -238,7 +225,7 @@ def no_other_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
 # URLs
 
 
-@pytest.mark.parametrize("row", rows(rows_url))
+@pytest.mark.parametrize("row", rows_url.ROWS, ids=lambda row: row.id)
 def test_url(row: rows_url.Row, certificates: Certificates) -> None:
     asyncio.run(_test_url(row, certificates))
 
@@ -280,7 +267,7 @@ async def _secure(certificates: Certificates, row: rows_url.Row) -> Any:
 # Look-ups
 
 
-@pytest.mark.parametrize("row", rows(rows_dns))
+@pytest.mark.parametrize("row", rows_dns.ROWS, ids=lambda row: row.id)
 def test_dns(row: rows_dns.Row) -> None:
     asyncio.run(_test_dns(row))
 
@@ -309,7 +296,7 @@ async def _test_dns(row: rows_dns.Row) -> None:
 # TLS
 
 
-@pytest.mark.parametrize("row", rows(rows_tls))
+@pytest.mark.parametrize("row", rows_tls.ROWS, ids=lambda row: row.id)
 def test_tls(
     row: rows_tls.Row, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +329,7 @@ async def _test_tls(row: rows_tls.Row, certificates: Certificates) -> None:
 # HTTP
 
 
-@pytest.mark.parametrize("row", rows(rows_http))
+@pytest.mark.parametrize("row", rows_http.ROWS, ids=lambda row: row.id)
 def test_http(row: rows_http.Row) -> None:
     asyncio.run(_test_http(row))
 

@@ -1,0 +1,128 @@
+"""AVIF files that no encoder writes: boxes by hand around AV1 that an encoder made.
+
+An item is its kind, its bytes, its properties, and where the boxes say that its bytes are.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import images as im
+from PIL import Image
+
+FTYP = b"ftypavif\0\0\0\0avifmif1miaf"
+ALPHA = b"auxC" + bytes(4) + b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0"
+
+
+def box(*parts: bytes) -> bytes:
+    """Return a box of its kind and body."""
+    return struct.pack(">I", 4 + sum(map(len, parts))) + b"".join(parts)
+
+
+def ispe(width: int, height: int) -> bytes:
+    """Return the property that tells a size."""
+    return b"ispe" + struct.pack(">3I", 0, width, height)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a file."""
+
+    kind: bytes
+    data: bytes
+    properties: tuple[bytes, ...] = ()  # kind and body; "!" before it: essential
+    method: int = 0  # 0: in the file, 1: in the box idat, 2: in another item
+    extents: tuple[tuple[int, int], ...] | None = None  # offset in `data`, length; None: all of it
+
+
+@functools.cache
+def coded(size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> Item:
+    """Return `picture()` in AV1; options are Pillow's."""
+    data = im.saved(im.picture(mode, size), "AVIF", speed=10, **options)
+    at = data.index(b"av1C") + 4
+    config = b"av1C" + data[at : at + 4]
+    return Item(b"av01", data[data.index(b"mdat") + 4 :], (ispe(*size), b"!" + config))
+
+
+def sized(item: Item, width: int, height: int) -> Item:
+    """Return the item with another size in its boxes."""
+    return Item(item.kind, item.data, (ispe(width, height), *item.properties[1:]))
+
+
+def grid(rows: int, columns: int, width: int, height: int) -> Item:
+    """Return a grid's own item."""
+    data = struct.pack(">4B2I", 0, 1, rows - 1, columns - 1, width, height)
+    return Item(b"grid", data, (ispe(width, height),))
+
+
+def avif(
+    *items: Item,  # numbered from 1
+    links: Iterable[tuple[bytes, int, list[int]]] = (),  # kind, from, to
+    primary: int = 1,
+    ftyp: bytes = FTYP,
+    more: bytes = b"",  # boxes in meta, before the others
+    behind: bytes = b"",  # boxes behind everything
+) -> bytes:
+    """Return an AVIF; equal bytes are there once."""
+    kinds = [
+        box(b"infe", struct.pack(">IIH4sx", 3 << 24, number, 0, item.kind))
+        for number, item in enumerate(items, 1)
+    ]
+    there: list[bytes] = []
+    rows = []
+    for number, item in enumerate(items, 1):
+        indices = []
+        for one in item.properties:
+            made = box(one.removeprefix(b"!"))
+            there += [] if made in there else [made]
+            indices.append(one.startswith(b"!") << 15 | there.index(made) + 1)
+        rows.append(struct.pack(f">IB{len(indices)}H", number, len(indices), *indices))
+    refs = [box(k, struct.pack(f">IH{len(to)}I", a, len(to), *to)) for k, a, to in links]
+    bodies = {
+        method: list(dict.fromkeys(i.data for i in items if i.method == method))
+        for method in (0, 1, 2)
+    }
+
+    def iloc(start: int) -> bytes:
+        found = [struct.pack(">IBBI", 2 << 24, 0x44, 0, len(items))]
+        for number, item in enumerate(items, 1):
+            before = bodies[item.method]
+            at = sum(map(len, before[: before.index(item.data)])) + start * (item.method == 0)
+            extents = ((0, len(item.data)),) if item.extents is None else item.extents
+            found.append(struct.pack(">IHHH", number, item.method, 0, len(extents)))
+            found += [struct.pack(">II", at + offset, length) for offset, length in extents]
+        return box(b"iloc", *found)
+
+    def meta(start: int) -> bytes:
+        return box(
+            b"meta", bytes(4), more,
+            box(b"hdlr", bytes(8), b"pict", bytes(13)),
+            box(b"pitm", struct.pack(">II", 1 << 24, primary)),
+            iloc(start),
+            box(b"iinf", struct.pack(">II", 1 << 24, len(items)), *kinds),
+            *([box(b"iref", struct.pack(">I", 1 << 24), *refs)] if refs else []),
+            box(b"iprp", box(b"ipco", *there), box(b"ipma", struct.pack(">II", 1 << 24 | 1, len(items)), *rows)),
+            *([box(b"idat", *bodies[1])] if bodies[1] else []),
+        )  # fmt: skip
+
+    head = len(box(ftyp)) + len(meta(0)) + 8
+    return b"".join([box(ftyp), meta(head), box(b"mdat", *bodies[0]), behind])
+
+
+def mosaic(rows: int, columns: int, cell: Item, **options) -> bytes:
+    """Return a grid that shows one cell again and again."""
+    width, height = struct.unpack(">2I", cell.properties[0][8:])
+    head = grid(rows, columns, columns * width, rows * height)
+    cells = [cell] * (rows * columns)
+    return avif(head, *cells, links=[(b"dimg", 1, list(range(2, len(cells) + 2)))], **options)
+
+
+def flat(size: tuple[int, int], **options) -> Item:
+    """Return one grey in AV1: a large picture of few bytes."""
+    data = im.saved(Image.new("RGB", size, (90, 90, 90)), "AVIF", speed=10, **options)
+    at = data.index(b"av1C") + 4
+    config = b"av1C" + data[at : at + 4]
+    return Item(b"av01", data[data.index(b"mdat") + 4 :], (ispe(*size), b"!" + config))

@@ -1,0 +1,446 @@
+"""Build the image and let it answer: `make image-test` (root, 30 GB of disk, 15 minutes).
+
+Without a Docker engine: Debian's buildah builds the real Dockerfile, with chroot isolation, on a
+base that mmdebstrap makes. The weights are seeded ones, given as a closed network would give its
+own: as a checkpoint in weights/. Then the image runs as a platform would run it that trusts nobody:
+as its own user, without privileges, its root read-only, in a network namespace with nothing but a
+loopback, where a stand-in for the platform hands it signed jobs.
+
+    apt-get install buildah mmdebstrap
+    make image-test [ARGS="--keep --base localhost/my-python:3.11"]
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+BASE = "localhost/heimdex-python:bookworm"
+IMAGE = "localhost/heimdex-clip-worker:image-test"
+CHECKPOINT = "weights/seeded.safetensors"
+COMMANDS = ("buildah", "mmdebstrap", "unshare", "chroot", "setpriv", "mount")
+FREE_GB = 30
+SITE = "opt/venv/lib/python3.11/site-packages"
+
+
+class Failed(Exception):
+    """The image is not what it must be."""
+
+
+def check(holds: object, what: str) -> None:
+    """Print what holds; raise Failed when it does not."""
+    if not holds:
+        raise Failed(what)
+    print(f"  ok: {what}", flush=True)
+
+
+def run(*command: str, **options: object) -> str:
+    """Run a command and return what it printed; raise Failed with the end of that."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, **options,
+    )  # fmt: skip
+    if done.returncode:
+        told = f"{' '.join(command)[:200]} ended with {done.returncode}:"
+        raise Failed(f"{told}\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+# --- what is built from, and how ----------------------------------------------------------------
+
+
+def make_base() -> None:
+    """Make a Debian with Python, and name it as the base image."""
+    with tempfile.TemporaryDirectory(prefix="image-base-") as folder:
+        tar = str(Path(folder, "base.tar"))
+        run("mmdebstrap", "--variant=minbase", "--include=python3,python3-venv", "bookworm", tar)
+        container = run("buildah", "from", "scratch").strip()
+        try:
+            run("buildah", "add", "--quiet", container, tar, "/")
+            run("buildah", "commit", "--quiet", container, BASE)
+        finally:
+            run("buildah", "rm", container)
+
+
+def make_context(folder: Path) -> None:
+    """Lay out what a fresh clone holds, and a checkpoint of seeded weights."""
+    from seeded import seeded_state, write_checkpoint
+
+    for name in run("git", "ls-files", cwd=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".env").write_text("SECRET=that-no-image-may-hold\n")
+    write_checkpoint(folder / CHECKPOINT, seeded_state(), "quickgelu")
+
+
+def build(context: Path, base: str, tag: str, **arguments: str) -> str:
+    """Build the image as a user would, with this machine's way to the package index; its log."""
+    command = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers"]
+    for path in ("/etc/ssl/certs", "/etc/pip.conf"):
+        if os.path.exists(path):
+            command += ["--volume", f"{path}:{path}:ro"]
+    for name, value in {"BASE_IMAGE": base, **arguments}.items():
+        command += ["--build-arg", f"{name}={value}"]
+    return run(*command, "--tag", tag, str(context))
+
+
+@contextlib.contextmanager
+def mounted(image: str) -> Iterator[Path]:
+    """Yield where a container of an image is mounted."""
+    container = run("buildah", "from", "--pull-never", image).strip()
+    try:
+        yield Path(run("buildah", "mount", container).strip())
+    finally:
+        run("buildah", "umount", container)
+        run("buildah", "rm", container)
+
+
+def inspect(image: str) -> dict:
+    """Return the configuration that an image carries, and its size in bytes as `size`."""
+    told = json.loads(run("buildah", "inspect", "--type", "image", image))
+    images = json.loads(run("buildah", "images", "--json", image))
+    return told["OCIv1"]["config"] | {"size": images[0]["size"]}
+
+
+# --- what is inside -----------------------------------------------------------------------------
+
+
+def megabytes(path: Path) -> int:
+    """Return what a folder takes on disk, MB."""
+    return int(run("du", "-s", "--block-size=1000000", str(path)).split()[0])
+
+
+def names(root: Path, *pattern: str) -> list[str]:
+    """Return what `find` finds below an image's root, relative to it."""
+    found = run("find", str(root), "-xdev", *pattern).splitlines()
+    return [str(Path(path).relative_to(root)) for path in found]
+
+
+def look_inside(root: Path, config: dict) -> None:
+    """Check what is in the image, and that nothing is that should not be."""
+    check(config["User"] not in ("", "root", "0"), f"its user is {config['User']}")
+    check(config["Cmd"][:2] == ["python", "-u"], "its command is " + " ".join(config["Cmd"]))
+    tools = r"gcc|cc|g\+\+|c\+\+|clang|ld|make|cmake|nvcc|ptxas|git|curl|wget|pip[0-9.]*"
+    found = names(root, "-regextype", "posix-extended", "-regex", rf".*/bin/({tools})")
+    check(not found, f"no build tools {found[:5]}")
+    ours = root / "opt"
+    found = names(ours, "-type", "d", "(", "-name", "tests", "-o", "-name", "test", ")")
+    check(not found, f"no tests {found[:5]}")
+    found = names(ours, "(", "-name", "*.a", "-o", "-name", "*.h", "-o", "-name", "*.ipynb", ")")
+    check(len(found) < 50, f"no headers, static libraries or notebooks to speak of: {len(found)}")
+    caches = [root / "root/.cache", root / "build", root / "tmp/pip-build", root / "app"]
+    check(not any(path.exists() for path in caches), "no caches, sources or build folders")
+    check(not list((root / "var/cache/apt/archives").glob("*.deb")), "no packages of Debian's")
+    found = names(root, "(", "-name", ".env", "-o", "-name", "seeded.safetensors", ")")
+    check(not found, f"no secrets, no checkpoint {found}")
+    found = names(ours, "(", "-perm", "/o+w", "-o", "-user", "10001", ")", "!", "-type", "l")
+    check(not found, f"nothing in /opt that the worker could write to {found[:5]}")
+    for path in ("opt/venv", "opt/clip", "opt/worker"):
+        print(f"  /{path}: {megabytes(root / path):,} MB")
+    site = root / SITE
+    sizes = {path: megabytes(path) for path in [*site.iterdir(), *(site / "nvidia").iterdir()]}
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:14]
+    print("  " + ", ".join(f"{p.relative_to(site)} {sizes[p]:,} MB" for p in largest))
+
+
+# --- the image at work, in a namespace of its own -----------------------------------------------
+
+
+def loopback_up() -> None:
+    """Bring up this network namespace's loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+
+
+@contextlib.contextmanager
+def container(root: Path, config: dict, change: Path | None = None) -> Iterator[list[str]]:
+    """Yield how a command begins that runs in the image: read-only, unprivileged, as its user.
+
+    `change` is a folder of files that lie over the image's own.
+    """
+    place = Path(tempfile.mkdtemp(prefix="image-root-"))
+    user = next(
+        line.split(":") for line in (root / "etc/passwd").read_text().splitlines()
+        if config["User"] in (line.split(":")[0], line.split(":")[2])
+    )  # fmt: skip
+    lower = f"{change}:{root}" if change else None
+    try:
+        if lower:
+            run("mount", "-t", "overlay", "-o", f"ro,lowerdir={lower}", "overlay", str(place))
+        else:
+            run("mount", "--bind", str(root), str(place))
+            run("mount", "-o", "remount,bind,ro", str(place))
+        run("mount", "-t", "proc", "-o", "ro", "proc", str(place / "proc"))
+        run("mount", "--rbind", "/dev", str(place / "dev"))
+        inside = ["setpriv", f"--reuid={user[2]}", f"--regid={user[3]}", "--clear-groups"]
+        inside += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+        where = ["env", "-i", "-C", config["WorkingDir"], *config["Env"], f"HOME={user[5]}"]
+        yield ["chroot", str(place), *inside, *where]
+    finally:
+        for path in (place / "dev", place / "proc", place):
+            subprocess.run(["umount", "--lazy", str(path)], capture_output=True)
+        place.rmdir()
+
+
+def is_offline_and_unprivileged(begin: list[str]) -> None:
+    """Check that the namespaces hold what they promise."""
+    code = """
+import os, socket
+print(os.getuid(), os.getgroups())
+for attempt in (lambda: open("/opt/x", "w"), lambda: open("/tmp/x", "w"),
+                lambda: socket.create_connection(("192.0.2.1", 443), 2)):
+    try:
+        attempt()
+        print("possible")
+    except OSError as error:
+        print(error.strerror)
+"""
+    lines = run(*begin, "python", "-c", code).splitlines()
+    check(not lines[0].startswith("0 "), f"it runs as the user {lines[0]}")
+    check(lines[1:3] == ["Read-only file system"] * 2, "it can write nowhere, /tmp included")
+    check(lines[3] == "Network is unreachable", "it has no network")
+
+
+def bytecode_is_used(begin: list[str]) -> None:
+    """Check that everything a start imports comes compiled."""
+    code = "import heimdex_clip_worker.handler, heimdex_clip_worker.text, runpod"
+    told = run(*begin, "python", "-v", "-c", code)
+    loaded = [line.split("'")[1] for line in told.splitlines() if line.startswith("# code object")]
+    compiled = [path for path in loaded if path.endswith(".pyc")]
+    sources = sorted({path for path in loaded if not path.endswith(".pyc")})
+    check(compiled and not sources, f"{len(compiled)} modules, all of them compiled {sources[:4]}")
+    check("import 'triton'" not in told, "nothing imports triton")
+    times = {"with its bytecode": [], "without": []}
+    for _ in range(3):
+        for kind, more in (("with its bytecode", []), ("without", ["PYTHONPYCACHEPREFIX=/none"])):
+            start = time.perf_counter()
+            run(*begin, *more, "python", "-c", code)
+            times[kind].append(time.perf_counter() - start)
+    told = ", ".join(f"{kind} {statistics.median(t):.2f} s" for kind, t in times.items())
+    print(f"  importing all that a start imports: {told}")
+
+
+class Worker:
+    """The image's own command, in the container; a context manager that always ends it."""
+
+    def __init__(self, begin: list[str], command: list[str], env: dict[str, str], log: Path):
+        self.log, self.start = log, time.perf_counter()
+        with log.open("w") as file:
+            variables = [f"{name}={value}" for name, value in env.items()]
+            self.process = subprocess.Popen(
+                [*begin, *variables, *command], stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, 9)
+        self.process.wait(10)
+
+    def text(self) -> str:
+        """Return what it has printed."""
+        return self.log.read_text(errors="replace")
+
+
+def ask(platform: object, job_input: dict) -> dict:
+    """Run a job to its end; return its output."""
+    job = platform.runsync(job_input, wait_s=120)
+    if job.get("status") != "COMPLETED":
+        raise Failed(f"the image answered {job.get('status')}: {job.get('error')}")
+    return job["output"]
+
+
+def answers(begin: list[str], root: Path, config: dict, folder: Path) -> None:
+    """Check that the image answers signed jobs under the platform's loop, and how soon."""
+    from local_worker import SECRET, PhotoServer
+    from platform_standin import PlatformServer
+
+    from heimdex_clip_worker.auth import sign
+
+    golden = json.loads((root / "opt/clip/manifest.json").read_text())["manifest"]["golden"]
+    golden = {photo["name"]: photo["row"] for photo in golden["photos"]}
+    seconds = []
+    for number in range(4):
+        with PhotoServer() as photos, PlatformServer() as platform:
+            url, now = photos.photo("chelsea.jpg"), int(time.time())
+            job = {"image_url": url, "auth": sign(url, secret=SECRET, ts=now)}
+            env = platform.worker_env() | {"EMBEDDING_HMAC_SECRET": SECRET}
+            env |= {"ALLOWED_PRIVATE_NETWORKS": "127.0.0.0/8"}
+            with Worker(begin, config["Cmd"], env, folder / f"worker-{number}.log") as worker:
+                try:
+                    output = ask(platform, job)
+                    seconds.append(time.perf_counter() - worker.start)
+                    if number == 0:
+                        told = vector_and_text(platform, output, golden["chelsea.jpg"])
+                except Failed as error:
+                    raise Failed(f"{error}\n{worker.text()[-3000:]}") from None
+                said = next(line for line in worker.text().splitlines() if "Fit to serve" in line)
+    print(f"  {told}\n  {said}")
+    check(len(seconds) == 4, "it answers a signed image and a signed text, offline")
+    first, warm = seconds[0], statistics.median(seconds[1:])
+    print(f"  start to first answer: {first:.2f} s the first time, {warm:.2f} s then (median of 3)")
+
+
+def vector_and_text(platform: object, output: dict, golden: str) -> str:
+    """Check a vector against the golden one, and that a text comes out of the same space."""
+    from local_worker import SECRET
+
+    from heimdex_clip_worker.auth import new_nonce, sign_v2
+
+    row = struct.unpack("<512f", base64.b64decode(golden))
+    turned = 1 - math.fsum(a * b for a, b in zip(row, output["embedding"], strict=True))
+    check(turned < 6e-4, f"its vector is the golden one: 1 - cosine {turned:.1e}")
+    now, text = int(time.time()), {"text": "a photo of a cat"}
+    said = {"kid": "v1", "secret": SECRET, "audience": "heimdex-clip"}
+    auth = sign_v2(text, **said, ts=now, exp=now + 300, nonce=new_nonce())
+    words = ask(platform, {**text, "auth": auth})
+    check((words["dim"], words["space_id"]) == (512, output["space_id"]), "texts share its space")
+    return f"space {output['space_id']}, {output['pretrained']}"
+
+
+def refuses_damage(root: Path, config: dict, folder: Path) -> None:
+    """Check that an artifact that was tampered with stops the worker, in one line."""
+    from local_worker import SECRET
+
+    weights = bytearray((root / "opt/clip/image.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    manifest = (root / "opt/clip/manifest.json").read_bytes().replace(b"quickgelu", b"gelu")
+    for name, data in {"image.safetensors": weights, "manifest.json": manifest}.items():
+        change = folder / name.partition(".")[0]
+        (change / "opt/clip").mkdir(parents=True)
+        (change / "opt/clip" / name).write_bytes(data)
+        with container(root, config, change) as begin:
+            env, log = {"EMBEDDING_HMAC_SECRET": SECRET}, folder / f"{name}.log"
+            with Worker(begin, config["Cmd"], env, log) as worker:
+                status = worker.process.wait(60)
+                lines = [line for line in worker.text().splitlines() if "[ERROR]" in line]
+        check(status == 1 and len(lines) == 1 and "damaged" in lines[0], f"{name}: {lines}")
+
+
+def at_work(root: Path, config: dict) -> None:
+    """Do everything that needs the image to run; called in namespaces of our own."""
+    loopback_up()
+    with tempfile.TemporaryDirectory(prefix="image-work-") as name:
+        with container(root, config) as begin:
+            is_offline_and_unprivileged(begin)
+            bytecode_is_used(begin)
+            answers(begin, root, config, Path(name))
+        refuses_damage(root, config, Path(name))
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def rebuilt(context: Path, base: str) -> None:
+    """Check that a change of the code reinstalls nothing and bakes nothing."""
+    handler = context / "heimdex_clip_worker" / "handler.py"
+    handler.write_text(handler.read_text() + "\n# changed\n")
+    start = time.perf_counter()
+    log = build(context, base, IMAGE + "-changed", CLIP_PRETRAINED=CHECKPOINT)
+    print(f"  built again after a change of the code: {time.perf_counter() - start:.0f} s")
+    steps = "RUN pip install --quiet -r", "RUN HF_HUB_OFFLINE=1 python -m", "COPY --from=runtime"
+    for step in steps:
+        after = log[log.index(step) :].splitlines()[1:3]
+        check(any("Using cache" in line for line in after), f"from the cache: {step}")
+
+
+def refuses_unknown_weights(context: Path, base: str) -> None:
+    """Check that there is no image without the weights that were asked for."""
+    for wrong in ("no-such-tag", "weights/nowhere.safetensors", "openai"):
+        try:
+            build(context, base, IMAGE + "-wrong", CLIP_PRETRAINED=wrong)
+        except Failed as failed:
+            lines = [line for line in str(failed).splitlines() if "ModelError: " in line]
+            check(lines and "CLIP_PRETRAINED" in lines[-1], f"no image: {lines[-1][-150:]}")
+        else:
+            check(wrong == "openai", f"no image of {wrong}")
+            print("  the hub was reached: the real weights were baked")
+
+
+def remove(*images: str) -> None:
+    """Remove images that this run made, and what was built on the way to them."""
+    for image in images:
+        subprocess.run(["buildah", "rmi", "--force", image], capture_output=True)
+    subprocess.run(["buildah", "rmi", "--prune"], capture_output=True)
+
+
+def image_test(base: str | None, keep: bool) -> None:
+    """Do all of it; raise Failed."""
+    if not base:
+        print("The base: Debian's Python, by mmdebstrap", flush=True)
+        start = time.perf_counter()
+        make_base()
+        print(f"  made in {time.perf_counter() - start:.0f} s")
+    with tempfile.TemporaryDirectory(prefix="image-context-") as name:
+        context = Path(name)
+        make_context(context)
+        print("The build", flush=True)
+        start = time.perf_counter()
+        build(context, base or BASE, IMAGE, CLIP_PRETRAINED=CHECKPOINT)
+        config = inspect(IMAGE)
+        print(f"  built in {time.perf_counter() - start:.0f} s, {config['size']}")
+        with mounted(IMAGE) as root:
+            print("Inside", flush=True)
+            look_inside(root, config)
+            print("At work", flush=True)
+            command = ["unshare", "--net", "--mount", "--propagation", "private", sys.executable]
+            command += [__file__, "--inside", str(root), "--config", json.dumps(config)]
+            if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+                raise Failed("the image does not work: see above")
+        print("Built again, and with other weights", flush=True)
+        rebuilt(context, base or BASE)
+        refuses_unknown_weights(context, base or BASE)
+    if not keep:
+        remove(IMAGE, IMAGE + "-changed", IMAGE + "-wrong", *([] if base else [BASE]))
+
+
+def main() -> int:
+    """Return 0 when the image is as it must be, 1 when not, 2 when it cannot be tried here."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", help="a base image to build on, instead of one made here")
+    parser.add_argument("--keep", action="store_true", help="leave the images in buildah's storage")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--config", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    missing = [command for command in COMMANDS if not shutil.which(command)]
+    free = shutil.disk_usage("/var/lib").free / 1e9
+    if os.geteuid() or missing or free < FREE_GB:
+        needs = f"root, {', '.join(COMMANDS)} and {FREE_GB} GB free below /var/lib"
+        lacks = f"missing: {', '.join(missing) or 'none'}; free: {free:.0f} GB; uid {os.geteuid()}"
+        print(f"The image test needs {needs} ({lacks})", file=sys.stderr)
+        return 2
+    try:
+        if args.inside:
+            at_work(args.inside, args.config)
+        else:
+            image_test(args.base, args.keep)
+    except Failed as failed:
+        print(f"FAILED: {failed}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

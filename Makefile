@@ -37,7 +37,7 @@ lint: .venv/.dev ## check the code, in notebooks too, with ruff
 	@$(BIN)/ruff check .
 
 lab: .venv/.dev ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab nbs $(ARGS)
 
 export: .venv/.dev ## write the package from the notebooks, clean them, and render the README
 	@$(BIN)/nbdev_export

@@ -95,7 +95,7 @@ DOWNLOAD = [
     (
         "every answer of a look-up",
         "            check_address(address, self._policy, port=port)\n",
-        "",
+        "            pass\n",
     ),
     ("the address at the socket", "    check_address(address[0], policy, port=address[1])\n", ""),
     (

@@ -13,6 +13,7 @@ import stand
 from fake_worker import FakeEmbedder
 
 from heimdex_clip_worker.auth import sign
+from heimdex_clip_worker.batch import Budget
 from heimdex_clip_worker.contract import Bounds, parse
 from heimdex_clip_worker.errors import InferenceFailed, InvalidRequest
 
@@ -136,6 +137,20 @@ def test_no_more_is_downloaded_at_once_than_memory_is_meant_for():
 
     asyncio.run(four())
     assert downloads.asked == 512 and downloads.most <= 64
+
+
+def test_a_download_waits_until_all_of_its_memory_is_free():
+    async def second() -> bool:
+        budget = Budget(10)
+        await budget.take(6, "one")
+        waiting = asyncio.ensure_future(budget.take(6, "another"))
+        await asyncio.sleep(0.01)
+        early = waiting.done()
+        budget.give_back(6, "one")
+        await asyncio.wait_for(waiting, 1)
+        return early
+
+    assert asyncio.run(second()) is False
 
 
 def test_an_answer_that_would_not_pass_is_refused_before_the_work():

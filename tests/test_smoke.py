@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -9,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import smoke
 from local_worker import SECRET, PhotoServer, local_server, plain_env
 from storage_standin import StorageServer
 
+from heimdex_clip_worker.contract import decode_vector
+from heimdex_clip_worker.golden import golden
 from heimdex_clip_worker.platform import PlatformServer
 
+pytestmark = pytest.mark.timeout(300)  # the first run makes golden vectors and the artifact
 FAKE = str(Path(__file__).parent / "fake_worker.py")
 
 
@@ -65,7 +70,7 @@ def on_platform(home: Path) -> smoke.Run:
 
 def test_it_passes_on_the_platform_with_signed_urls_of_supabase(on_platform: smoke.Run):
     assert on_platform.status == 0, on_platform.said[-3000:]
-    assert "PASSED: 16 checks" in outputs(on_platform)
+    assert "PASSED: 17 checks" in outputs(on_platform)
 
 
 def test_it_shows_no_secret(on_platform: smoke.Run):
@@ -85,6 +90,13 @@ def test_it_passes_on_a_local_server_with_public_urls(home: Path):
     run = smoke.on_local_server(home)
     assert run.status == 0, run.said[-3000:]
     assert "another secret is refused" in outputs(run)
+
+
+def test_golden_vectors_made_anew_are_those_of_the_package():
+    made = json.loads(smoke.golden_file().read_text(encoding="utf-8"))["photos"]
+    pairs = [(decode_vector(made[name]), row) for name, row in golden()["photos"].items()]
+    cosines = [np.dot(one, row.tolist()) for one, row in pairs]
+    assert len(cosines) == 10 and min(cosines) > 0.99999
 
 
 # Bad workers
@@ -139,7 +151,6 @@ def test_it_fails_on_plain_gelu(home: Path, photos: PhotoServer):
     with local_server(env) as (_, url):
         parameters = {
             "base_url": url, "storage": "url", "image": photos.photo("chelsea.jpg"),
-            "golden": smoke.golden_file(),
         }  # fmt: skip
         run = smoke.run_notebook("gelu", smoke.caller_env(home), parameters)
     said = failure(run)

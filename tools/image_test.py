@@ -1,4 +1,4 @@
-"""Build the image and let it answer: `make image-test` (root, 30 GB of disk, 15 minutes).
+"""Build the image and let it answer: `make image-test` (root, 30 GB of disk, 10 to 30 minutes).
 
 Without a Docker engine: Debian's buildah builds the real Dockerfile, with chroot isolation, on a
 base that mmdebstrap makes. The weights are seeded ones, given as a closed network would give its

@@ -33,7 +33,7 @@ guards: .venv/.dev ## take each guard out in turn and see which test notices
 bench: .venv/.dev ## measure against a plain worker (about 5 minutes)
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
-image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 15 minutes)
+image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 10 to 30 minutes)
 	@$(BIN)/python tools/image_test.py $(ARGS)
 
 lint: .venv/.dev ## check the code, in notebooks too, with ruff

@@ -126,11 +126,13 @@ def read_places(reader: Reader, items: dict[int, Item]) -> None:
     version, _ = reader.version()
     offset, length, base, index = [reader.bits(4) for _ in range(4)]
     index = index if version else 0
+    if version > 2 or not {offset, base, index} <= {0, 4, 8} or length not in (4, 8):
+        raise DecodeFailed(detail="AVIF with places of an unknown form")  # or rows without bytes
     for _ in range(reader.number(4 if version == 2 else 2)):
         item = items.get(reader.number(4 if version == 2 else 2), Item())
         method = reader.number(2) if version else 0
-        if version > 2 or method > 1:
-            raise DecodeFailed(detail=f"AVIF with places of version {version}, method {method}")
+        if method > 1:
+            raise DecodeFailed(detail="AVIF with bytes in another item")
         item.inside = method == 1
         reader.number(2)
         start = reader.number(base)

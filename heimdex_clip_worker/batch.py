@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,63 +58,78 @@ class Downloads:
 
 # %% ../nbs/05_batch.ipynb #budget
 class Hold:
-    """Some bytes of a budget, held until the block is left; they can only become fewer."""
+    """A part of a budget, held until the block is left; it can only become less."""
 
-    def __init__(self, budget: Budget, count: int):
-        self.budget, self.count = budget, min(count, budget.total)
+    def __init__(self, budget: Budget, count: int, job: object):
+        self.budget, self.count, self.job = budget, min(count, budget.total), job
 
     async def __aenter__(self) -> Hold:
-        await self.budget.take(self.count)
+        await self.budget.take(self.count, self.job)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self.shrink_to(0)
 
     def shrink_to(self, count: int) -> None:
-        """Give back all but `count` bytes."""
+        """Give back all but `count`."""
         if count < self.count:
             self.count, spare = count, self.count - count
-            self.budget.give_back(spare)
+            self.budget.give_back(spare, self.job)
 
 # %% ../nbs/05_batch.ipynb #the-budget-itself
 class Budget:
-    """A number of bytes that many share; whoever finds too few free waits in line."""
+    """A number of bytes, or of turns, that jobs share; whoever finds too few free waits."""
 
     def __init__(self, total: int):
         self.total, self.free = total, total
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._held: Counter[object] = Counter()  # by job
+        self._lines: dict[object, deque[tuple[int, asyncio.Future[None]]]] = {}  # whose turn first
 
-    def hold(self, count: int) -> Hold:
-        """Return `count` bytes, at most all there are, for an `async with`."""
-        return Hold(self, count)
+    def hold(self, count: int, job: object = None) -> Hold:
+        """Return `count`, at most all there is, for an `async with`; None: a job of its own."""
+        return Hold(self, count, object() if job is None else job)
 
-    async def take(self, count: int) -> None:
-        """Wait until it is this one's turn and `count` bytes are free, and take them."""
-        if not self._line and count <= self.free:
-            self.free -= count
-            return
+    async def take(self, count: int, job: object) -> None:
+        """Wait until it is this one's turn and `count` is free, and take it."""
         turn = asyncio.get_running_loop().create_future()
-        self._line.append((count, turn))
+        self._lines.setdefault(job, deque()).append((count, turn))
+        self._serve()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was granted in the same moment
-                self.give_back(count)
+                self.give_back(count, job)
             else:
                 self._serve()  # who stood behind may fit
             raise
 
-    def give_back(self, count: int) -> None:
-        """Make `count` bytes free for whoever is next."""
+    def give_back(self, count: int, job: object) -> None:
+        """Make `count` free for whoever is next."""
         self.free += count
+        self._held[job] -= count
+        if not self._held[job]:
+            del self._held[job]
         self._serve()
 
     def _serve(self) -> None:
-        while self._line and (self._line[0][1].done() or self._line[0][0] <= self.free):
-            count, turn = self._line.popleft()
-            if not turn.done():
-                self.free -= count
-                turn.set_result(None)
+        refused = 0  # in a row
+        while refused < len(self._lines):
+            job = next(iter(self._lines))
+            line = self._lines.pop(job)
+            while line and line[0][1].done():  # cancelled
+                line.popleft()
+            if line:
+                self._lines[job] = line  # behind the others
+                granted = self._grant(job, *line[0])
+                refused = 0 if granted else refused + 1
+
+    def _grant(self, job: object, count: int, turn: asyncio.Future[None]) -> bool:
+        if count > self.free or self._held[job] >= self.free:
+            return False
+        self.free -= count
+        self._held[job] += count
+        turn.set_result(None)
+        return True
 
 # %% ../nbs/05_batch.ipynb #in-thread
 async def in_thread(
@@ -297,6 +312,7 @@ class Pipeline:
     ):
         self.embedder, self.downloads = embedder, downloads
         self.budget, self.texts = Budget(max_bytes_in_flight), Texts(load_text)
+        self.turns = Budget(4 * decode_workers)  # at the threads that decode; two for each and job
         self.computing = Computing(embedder, limits, self.texts)
         self.pools = {
             "decode": ThreadPoolExecutor(decode_workers, "decode", one_torch_thread),
@@ -332,15 +348,22 @@ def timings(
     return {name: round(1e3 * s, 2) for name, s in seconds.items() if s is not None}
 
 # %% ../nbs/05_batch.ipynb #embed-url
-async def embed_url(pipeline: Pipeline, url: str, normalize: bool) -> Vector:
+async def embed_url(
+    pipeline: Pipeline,
+    url: str,
+    normalize: bool,
+    *,
+    job: object = None,  # whose images share; None: a job of its own
+) -> Vector:
     """Return the vector of the image behind `url`; raise WorkerError subclasses only."""
     start = time.perf_counter()
     most = pipeline.downloads.limits.max_bytes
-    async with pipeline.budget.hold(most) as held:
+    async with pipeline.budget.hold(most, job) as held:
         data = await pipeline.downloads.fetch(url)
         held.shrink_to(len(data))
         work = pipeline.computing.pixels
-        size, pixels, decode_s = await in_thread(pipeline.pools["decode"], work, data)
+        async with pipeline.turns.hold(1, job):
+            size, pixels, decode_s = await in_thread(pipeline.pools["decode"], work, data)
         del data
         held.shrink_to(pixels.nbytes)
         ready = time.perf_counter()

@@ -139,7 +139,7 @@ async def embed_item(
     if item.fault:
         raise item.fault
     level = logging.DEBUG if request.many else logging.INFO
-    embed = embed_text if request.form in TEXTS else embed_url
+    embed = embed_text if request.form in TEXTS else partial(embed_url, job=id(request))
     vector = await embed(pipeline, item.source, item.normalize)
     if vector.size:
         log.log(level, "Image downloaded successfully: %s", vector.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
     with needs("worker", "Verifying"):
         from heimdex_clip_worker.handler import set_up_logging
     set_up_logging("ERROR")
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights
     found = []
     with progress(3, "checks") as step:
         for check in checks(settings, args.image):

@@ -86,6 +86,8 @@ def avif(
         for method in (0, 1, 2)
     }
 
+    owners = struct.pack(">II", 1 << 24 | 1, len(items))
+
     def iloc(start: int) -> bytes:
         found = [struct.pack(">IBBI", 2 << 24, 0x44, 0, len(items))]
         for number, item in enumerate(items, 1):
@@ -104,7 +106,7 @@ def avif(
             iloc(start),
             box(b"iinf", struct.pack(">II", 1 << 24, len(items)), *kinds),
             *([box(b"iref", struct.pack(">I", 1 << 24), *refs)] if refs else []),
-            box(b"iprp", box(b"ipco", *there), box(b"ipma", struct.pack(">II", 1 << 24 | 1, len(items)), *rows)),
+            box(b"iprp", box(b"ipco", *there), box(b"ipma", owners, *rows)),
             *([box(b"idat", *bodies[1])] if bodies[1] else []),
         )  # fmt: skip
 
@@ -126,3 +128,34 @@ def flat(size: tuple[int, int], **options) -> Item:
     at = data.index(b"av1C") + 4
     config = b"av1C" + data[at : at + 4]
     return Item(b"av01", data[data.index(b"mdat") + 4 :], (ispe(*size), b"!" + config))
+
+
+# AV1 by hand
+
+
+def bits(*fields: str) -> bytes:
+    """Return fields of binary digits as bytes, filled up with zeros."""
+    text = "".join(fields)
+    return int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8), "big")
+
+
+def unit(kind: int, data: bytes) -> bytes:
+    """Return a unit (OBU): 1 a sequence header, 6 a frame, 15 padding."""
+    low, high = len(data) & 0x7F, len(data) >> 7
+    return bytes([kind << 3 | 2] + ([low | 0x80, high] if high else [low])) + data
+
+
+def long_sequence(width: int, height: int) -> bytes:
+    """Return a sequence header with every choice left to the frames, and 16 bits for a side."""
+    size = f"{width - 1:016b}{height - 1:016b}"
+    timing, points, level = "00", "00000" + "0" * 12, "00111"
+    tools = ("0", "000", "0000", "0", "1", "1", "000")  # no frame numbers, nothing, screen: ask
+    colour = ("0", "0", "0", "0", "00", "0")  # 8 bits, not grey, undescribed, 4:2:0
+    fields = ("000", "0", "0", timing, points, level, "1" * 8, size, *tools, *colour, "0", "1")
+    return unit(1, bits(*fields))
+
+
+def frame_of_its_own_size(width: int, height: int) -> bytes:
+    """Return a key frame for `long_sequence` that brings its size, of nothing but zeros."""
+    size = f"{width - 1:016b}{height - 1:016b}"
+    return unit(6, bits("0", "00", "1", "0", "0", "1", size) + bytes(200))

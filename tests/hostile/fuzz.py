@@ -23,6 +23,7 @@ ROOT = HERE.parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(HERE)]
 
+import avifs as av  # noqa: E402
 import images as im  # noqa: E402
 
 from heimdex_clip_worker.decode import PixelLimits, decode  # noqa: E402
@@ -57,6 +58,8 @@ def seeds() -> list[bytes]:
         *found,
         im.saved(im.picture("I;16", size), "PNG"),
         im.riff(im.vp8x((64, 48)), im.webp_stream()),
+        av.mosaic(1, 2, av.coded((64, 64))),
+        av.avif(av.Item(b"av01", av.coded(size).data, av.coded(size).properties, method=1)),
     ]
 
 

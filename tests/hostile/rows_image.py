@@ -13,10 +13,11 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import avifs as av
 import images as im
 from PIL import Image
 
@@ -412,12 +413,8 @@ HEAVY = [
     good("jpeg-10-megapixels-100-scans", lambda: im.progressive((4096, 2440), 98, 3), heavy=True),
     good("png-50-megapixels-rgba-paeth", paeth(LARGE, 8, 6), heavy=True),
     good("png-50-megapixels-16-bit-grey-paeth", paeth(LARGE, 16, 0), heavy=True),
-    limited(
-        "png-50-megapixels-16-bit-rgba-paeth", paeth(LARGE, 16, 6), heavy=True
-    ),
-    limited(
-        "png-50-megapixels-16-bit-rgb-paeth", paeth(LARGE, 16, 2), heavy=True
-    ),
+    limited("png-50-megapixels-16-bit-rgba-paeth", paeth(LARGE, 16, 6), heavy=True),
+    limited("png-50-megapixels-16-bit-rgb-paeth", paeth(LARGE, 16, 2), heavy=True),
     good("png-31-megapixels-16-bit-rgba-paeth", paeth((8191, 3800), 16, 6), heavy=True),
     good("png-50-megapixels-1-bit-interlaced", lambda: im.interlaced(LARGE, 1, 0), heavy=True),
     good("gif-50-megapixels", lambda: im.gif(LARGE, None, im.lzw(8191 * 6100)), heavy=True),
@@ -452,4 +449,221 @@ HEAVY = [
     ),
 ]
 
-ROWS = [*MODES, *BESIDES, *DAMAGED, *REFUSED, *POLYGLOTS, *LIMITED, *HEAVY]
+
+# AVIF: what its boxes say and what its AV1 says
+
+
+def cell(**options) -> av.Item:
+    """Return 64 x 64 pixels in AV1, the smallest cell of a grid."""
+    return av.coded((64, 64), **options)
+
+
+def alpha(item: av.Item) -> av.Item:
+    """Return the item as the transparency of another."""
+    return replace(item, properties=(*item.properties, av.ALPHA))
+
+
+def with_alpha(item: av.Item, transparency: av.Item, *more: tuple) -> bytes:
+    """Return an AVIF of two items."""
+    return av.avif(item, alpha(transparency), links=[(b"auxl", 2, [1]), *more])
+
+
+def of(item: av.Item, **changes) -> Callable[[], bytes]:
+    """Return a builder of an AVIF of one item, with changes."""
+    return lambda: av.avif(replace(item, **changes))
+
+
+def also(*properties: bytes) -> Callable[[], bytes]:
+    """Return a builder of an AVIF with more properties."""
+    return lambda: av.avif(replace(cell(), properties=(*cell().properties, *properties)))
+
+
+def grey() -> av.Item:
+    """Return 64 x 64 pixels of grey in AV1."""
+    return cell(mode="L", subsampling="4:0:0")
+
+
+def grid(rows: int = 1, columns: int = 2, item: av.Item | None = None) -> list[av.Item]:
+    """Return a grid and its cells."""
+    head = av.grid(rows, columns, 64 * columns, 64 * rows)
+    return [head, *[item or cell()] * (rows * columns)]
+
+
+def in_another_item() -> bytes:
+    """Return an AVIF whose bytes are, so it says, to be counted from inside another item."""
+    data = av.avif(cell())
+    at = data.index(b"iloc") + 18  # version, sizes, count, number
+    return data[:at] + b"\0\2" + data[at + 2 :]
+
+
+def extents_of_no_bytes(items: int) -> bytes:
+    """Return an AVIF whose table of places is short and takes for ever to read."""
+    rows = struct.pack(">HHH", 1, 0, 65_535) * items
+    iloc = av.box(b"iloc", struct.pack(">IBBH", 0, 0, 0, items), rows)
+    return av.avif(cell(), more=iloc)
+
+
+def two_grids() -> bytes:
+    """Return a picture and its transparency, both of them grids."""
+    (color, *cells), (mask, *masks) = grid(), grid(item=grey())
+    links = [(b"dimg", 1, [2, 3]), (b"dimg", 4, [5, 6]), (b"auxl", 4, [1])]
+    return av.avif(color, *cells, alpha(mask), *masks, links=links)
+
+
+def video(*parts: bytes, size: tuple[int, int] = (64, 48)) -> Callable[[], bytes]:
+    """Return a builder of an AVIF around units written by hand."""
+    item = replace(av.coded(), data=b"".join(parts))
+    return lambda: av.avif(av.sized(item, *size))
+
+
+def without(kind: bytes) -> Callable[[], bytes]:
+    """Return a builder of an AVIF whose one box of a kind is another."""
+    return lambda: av.avif(cell()).replace(kind, b"free", 1)
+
+
+def save_flat(mode: str, size: tuple[int, int], **options) -> Callable[[], bytes]:
+    """Return a builder of one colour as an AVIF, encoded in one thread."""
+    image = Image.new(mode, (1, 1), 90)
+    return lambda: im.saved(image.resize(size), "AVIF", speed=10, max_threads=1, **options)
+
+
+LONG, OWN = av.long_sequence, av.frame_of_its_own_size
+AVIFS = [
+    good("avif-10-bit", file("10-bit.avif")),
+    good("avif-12-bit-with-alpha", file("12-bit-with-alpha.avif")),
+    good("avif-film-grain", save("RGB", "AVIF", advanced={"film-grain-test": "1"})),
+    good("avif-premultiplied", save("RGBA", "AVIF", alpha_premultiplied=True)),
+    good("avif-limited-range", save("RGB", "AVIF", range="limited", subsampling="4:2:2")),
+    good("avif-icc-and-xmp", save("RGB", "AVIF", icc_profile=ICC, xmp=b"<x/>" * 9999)),
+    good("avif-grid", lambda: av.mosaic(2, 3, cell())),
+    good("avif-grid-of-1024-cells", lambda: av.mosaic(32, 32, cell())),
+    good("avif-grid-with-a-grid-of-alpha", two_grids),
+    good(
+        "avif-grid-with-alpha-on-each-cell",
+        lambda: av.avif(
+            *grid(),
+            alpha(grey()),
+            alpha(grey()),
+            links=[(b"dimg", 1, [2, 3]), (b"auxl", 4, [2]), (b"auxl", 5, [3])],
+        ),
+    ),
+    good("avif-alpha", lambda: with_alpha(cell(), grey())),
+    good("avif-alpha-multiplied", lambda: with_alpha(cell(), grey(), (b"prem", 1, [2]))),
+    good("avif-alpha-of-another-alpha", lambda: with_alpha(cell(), grey(), (b"auxl", 1, [2]))),
+    good("avif-in-its-boxes", of(cell(), method=1)),
+    good(
+        "avif-in-pieces",
+        lambda: of(cell(), extents=tuple((i, 1) for i in range(len(cell().data))))(),
+    ),
+    good("avif-turned-and-mirrored", also(b"!irot\1", b"!imir\0")),
+    good("avif-operating-point", also(b"!a1op\0")),
+    good("avif-layer", also(b"!lsel\0\0")),
+    good("avif-primary-is-the-last", lambda: av.avif(av.flat((8192, 8192)), cell(), primary=2)),
+    good("avif-behind-it-trash", lambda: av.avif(cell(), behind=b"\xff" * 999)),
+    good(
+        "avif-with-a-gain-map-of-67-megapixels",
+        lambda: av.avif(
+            cell(),
+            av.flat((8192, 8192)),
+            av.Item(b"tmap", bytes(62), (av.ispe(64, 64),)),
+            links=[(b"dimg", 3, [1, 2])],
+            ftyp=av.FTYP + b"tmap",
+        ),
+        lambda: Image.open(im.io.BytesIO(av.avif(cell()))),
+    ),
+    good("avif-two-frames", of(cell(), data=cell().data * 2)),
+    limited("avif-3072-pixels-as-20-megapixels", lambda: av.avif(av.sized(cell(), 5000, 4000))),
+    limited(
+        "avif-25-megapixels-as-64x48", lambda: av.avif(av.sized(av.flat((5000, 5000)), 64, 48))
+    ),
+    limited(
+        "avif-20-megapixels-on-their-side",
+        lambda: av.avif(av.sized(av.flat((5000, 4000)), 4000, 5000)),
+    ),
+    limited("avif-alpha-of-25-megapixels", lambda: with_alpha(cell(), av.flat((5000, 5000)))),
+    limited(
+        "avif-alpha-of-20-megapixels-in-colour",
+        lambda: with_alpha(av.flat((5000, 4000)), av.flat((5000, 4000))),
+    ),
+    limited(
+        "avif-alpha-that-is-told-to-be-large",
+        lambda: with_alpha(cell(), av.sized(grey(), 5000, 5000)),
+    ),
+    limited("avif-grid-of-1056-cells", lambda: av.mosaic(33, 32, cell())),
+    limited("avif-grid-of-65280-cells", lambda: av.mosaic(255, 256, cell())),
+    limited("avif-grid-of-24-megapixels", lambda: av.mosaic(2, 3, av.flat((2000, 2000)))),
+    limited(
+        "avif-grid-whose-cells-are-told-to-be-large",
+        lambda: av.avif(*grid(item=av.sized(cell(), 16_000, 16_000)), links=[(b"dimg", 1, [2, 3])]),
+    ),
+    limited(
+        "avif-six-frames-of-4-megapixels",
+        lambda: av.avif(replace(av.flat((2000, 2000)), data=av.flat((2000, 2000)).data * 6)),
+    ),
+    limited(
+        "avif-a-small-sequence-before-a-large-one",
+        lambda: av.avif(replace(cell(), data=cell().data + av.flat((5000, 5000)).data)),
+    ),
+    limited("avif-frame-of-its-own-size", video(LONG(64, 48), OWN(16_000, 16_000))),
+    limited(
+        "avif-20-megapixels-of-film-grain",
+        lambda: av.avif(av.flat((5000, 4000), advanced={"film-grain-test": "1"})),
+    ),
+    limited("avif-18-megapixels-of-12-bits", file("18-megapixels-of-12-bits.avif")),
+    limited("avif-1000-units", of(cell(), data=av.unit(15, b"") * 1000 + cell().data)),
+    limited(
+        "avif-the-same-bytes-100-times",
+        lambda: of(cell(), extents=((0, len(cell().data)),) * 100)(),
+    ),
+    limited(
+        "avif-table-of-100000-bytes", lambda: av.avif(*[replace(cell(), properties=())] * 6000)
+    ),
+    limited("avif-30000-properties", lambda: av.avif(cell(), more=av.box(b"free") * 30_000)),
+    damaged("avif-box-of-no-length", lambda: av.box(av.FTYP) + b"\0\0\0\1free" + bytes(8)),
+    damaged("avif-in-another-item", in_another_item),
+    damaged("avif-6-million-extents-of-no-bytes", lambda: extents_of_no_bytes(100)),
+    damaged("avif-grid-of-itself", lambda: av.avif(*grid(), links=[(b"dimg", 1, [1, 1])])),
+    damaged(
+        "avif-grid-of-grids",
+        lambda: av.avif(*grid()[:1] * 3, links=[(b"dimg", i, [i % 3 + 1] * 2) for i in (1, 2, 3)]),
+    ),
+    damaged("avif-grid-of-too-few", lambda: av.avif(*grid(), links=[(b"dimg", 1, [2])])),
+    damaged("avif-grid-of-nothing", lambda: av.avif(*grid())),
+    damaged(
+        "avif-grid-of-items-that-are-not-there",
+        lambda: av.avif(*grid(), links=[(b"dimg", 1, [8, 9])]),
+    ),
+    damaged("avif-primary-that-is-not-there", lambda: av.avif(cell(), primary=9)),
+    damaged("avif-of-another-codec", of(cell(), kind=b"hvc1")),
+    damaged("avif-bytes-beyond-its-end", lambda: of(cell(), extents=((0, 10**6),))()),
+    damaged("avif-bytes-2-to-32-away", lambda: of(cell(), extents=((2**31, 100),))()),
+    damaged("avif-without-bytes", of(cell(), extents=())),
+    damaged("avif-essential-and-unknown", also(b"!what\0\0\0\0")),
+    damaged("avif-without-a-size", lambda: of(cell(), properties=cell().properties[1:])()),
+    damaged("avif-without-a-configuration", lambda: of(cell(), properties=cell().properties[:1])()),
+    damaged("avif-frame-without-a-sequence", video(OWN(64, 48))),
+    damaged("avif-sequence-without-a-frame", video(LONG(64, 48))),
+    damaged("avif-unit-longer-than-the-rest", video(LONG(64, 48), b"\x32\xff\xff\x03")),
+    damaged("avif-of-zeros", of(cell(), data=bytes(999))),
+    *[
+        damaged(f"avif-without-{kind.decode()}", without(kind))
+        for kind in (b"meta", b"pitm", b"iloc", b"iinf", b"iprp", b"ipco", b"ipma")
+    ],
+    good(
+        "avif-2500-by-4000-film-grain-and-alpha",
+        save_flat("RGBA", (2500, 3999), subsampling="4:4:4", advanced={"film-grain-test": "1"}),
+        heavy=True,
+    ),
+    good(
+        "avif-20-megapixels-in-4096-tiles-with-alpha",
+        save_flat("RGBA", (4000, 4999), subsampling="4:4:4", tile_rows=6, tile_cols=6),
+        heavy=True,
+    ),
+    good(
+        "avif-16-megapixels-of-12-bits-with-alpha",
+        file("16-megapixels-of-12-bits-with-alpha.avif"),
+        heavy=True,
+    ),
+]
+
+ROWS = [*MODES, *BESIDES, *DAMAGED, *REFUSED, *POLYGLOTS, *LIMITED, *AVIFS, *HEAVY]

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rows_auth
@@ -14,6 +15,7 @@ import stand
 import torch
 from fake_worker import FakeEmbedder, mean_and_size
 
+from heimdex_clip_worker.batch import Batcher
 from heimdex_clip_worker.embed import Embedder
 from heimdex_clip_worker.errors import InferenceFailed
 
@@ -185,3 +187,44 @@ def test_a_fault_harms_none_of_its_neighbours():
 
     codes = [stand.code_of(reply) for reply in asyncio.run(many())]
     assert codes.count("OK") == 20 and codes.count("INTERNAL") == 20
+
+
+def test_a_lost_device_is_not_asked_again():
+    asked = []
+
+    def run(items):
+        asked.append(len(items))
+        raise InferenceFailed(fatal=True)
+
+    async def eight() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            batcher = Batcher(run, pool, max_batch=8)
+            await asyncio.gather(*map(batcher.submit, range(8)), return_exceptions=True)
+
+    asyncio.run(eight())
+    assert asked == [8]
+
+
+def test_an_exit_beside_the_threads_stays_in_its_job():
+    async def leave() -> None:
+        raise SystemExit(1)
+
+    async def two() -> list[dict]:
+        downloads = stand.Canned(stand.photo(), leave)
+        async with stand.running(stand.make_worker(KIT, downloads)) as worker:
+            first = await worker.handle(JOB)
+            downloads.after = None
+            return [first, await worker.handle(JOB)]
+
+    assert [stand.code_of(reply) for reply in asyncio.run(two())] == ["INTERNAL", "OK"]
+
+
+def test_a_reply_that_json_cannot_hold_is_an_error():
+    model = dataclasses.replace(FakeEmbedder.load("ViT-B-32"), space_id=b"bytes")
+
+    async def one() -> dict:
+        downloads = stand.Canned(stand.photo())
+        async with stand.running(stand.make_worker(KIT, downloads, embedder=model)) as worker:
+            return await worker.handle(JOB)
+
+    assert stand.code_of(asyncio.run(one())) == "INTERNAL"

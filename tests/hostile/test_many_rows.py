@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+import images as im
 import pytest
 import rows_auth
 import rows_many
 import stand
+from fake_worker import FakeEmbedder
 
 from heimdex_clip_worker.auth import sign
+from heimdex_clip_worker.contract import Bounds, parse
+from heimdex_clip_worker.errors import InferenceFailed, InvalidRequest
 
 KIT = rows_auth.Kit(now=1_764_000_000)
 
@@ -66,3 +71,91 @@ def test_each_wish_and_each_id_comes_back_in_its_place():
         length = sum(x * x for x in result["embedding"]) ** 0.5
         assert result["normalized"] is image["normalize"]
         assert (abs(length - 1) < 1e-6) is image["normalize"]
+
+
+class Slow(stand.Canned):
+    """Some servers take a second to answer."""
+
+    async def fetch(self, url: str) -> bytes:
+        if "slow" in url:
+            await asyncio.sleep(1)
+        return await super().fetch(url)
+
+
+def beside_jobs(downloads: stand.Canned, jobs: int, url: str) -> float:
+    """Return how long one image takes while jobs of 128 such URLs are under way."""
+
+    async def one() -> float:
+        many = KIT.v2({"images": [{"image_url": url}] * 128})
+        async with stand.running(stand.make_worker(KIT, downloads)) as worker:
+            others = [asyncio.create_task(worker.handle({"input": many})) for _ in range(jobs)]
+            await asyncio.sleep(0.1)
+            start = time.perf_counter()
+            reply = await worker.handle({"input": KIT.v2({"image_url": rows_many.URL})})
+            took = time.perf_counter() - start
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+        assert stand.code_of(reply) == "OK"
+        return took
+
+    return asyncio.run(one())
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_job_of_slow_servers_keeps_nobody_waiting(jobs):
+    assert beside_jobs(Slow(stand.photo()), jobs, rows_many.URL + "?slow") < 0.9
+
+
+def test_a_job_of_large_images_keeps_nobody_waiting():
+    large = im.png_rows((4000, 3000))  # 128 of them: 20 s of decoding
+    took = beside_jobs(stand.Canned(large), 1, rows_many.URL)
+    assert took < 5, took
+
+
+class Counted(stand.Canned):
+    """Downloads that take a moment, and are counted while they do."""
+
+    now = most = 0
+
+    async def fetch(self, url: str) -> bytes:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.01)
+        self.now -= 1
+        return await super().fetch(url)
+
+
+def test_no_more_is_downloaded_at_once_than_memory_is_meant_for():
+    downloads = Counted(stand.photo())
+
+    async def four() -> None:
+        many = KIT.v2({"images": [rows_many.ONE] * 128})
+        async with stand.running(stand.make_worker(KIT, downloads)) as worker:
+            await asyncio.gather(*[worker.handle({"input": many}) for _ in range(4)])
+
+    asyncio.run(four())
+    assert downloads.asked == 512 and downloads.most <= 64
+
+
+def test_an_answer_that_would_not_pass_is_refused_before_the_work():
+    job = {"images": [rows_many.ONE] * 128}
+    assert parse(job, Bounds(dim=1024)).many
+    with pytest.raises(InvalidRequest, match="allowed: at most 97 images fit"):
+        parse(job, Bounds(dim=4096))
+
+
+def test_one_lost_device_among_many_images_ends_the_worker():
+    class Lost(FakeEmbedder):
+        def encode(self, pixels):
+            raise InferenceFailed(fatal=True)
+
+    async def one() -> dict:
+        made = stand.make_worker(
+            KIT, stand.Canned(stand.photo()), embedder=Lost.load("ViT-B-32")
+        )
+        async with stand.running(made) as worker:
+            return await worker.handle({"input": KIT.v2({"images": [rows_many.ONE] * 3})})
+
+    reply = asyncio.run(one())
+    assert reply["failed"] == 3 and reply["refresh_worker"] is True

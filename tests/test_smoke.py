@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import smoke
 from local_worker import SECRET, PhotoServer, local_server, plain_env
+from seeded import hub_env
 from storage_standin import StorageServer
 
 from heimdex_clip_worker.contract import decode_vector
@@ -156,6 +157,20 @@ def test_it_fails_on_plain_gelu(home: Path, photos: PhotoServer):
     said = failure(run)
     assert said.startswith("THE VECTORS ARE WRONG. Cosines to the golden vectors: chelsea.jpg 0.99")
     assert "CLIP_ACTIVATION" in said
+
+
+def test_weights_that_are_said_to_be_trained_must_match_captions(home: Path, photos: PhotoServer):
+    """The seeded weights under the name `openai`: nothing is excused, and nothing matches."""
+    artifacts = smoke.CACHE / "artifacts-openai"
+    options = {"CLIP_ARTIFACT_DIR": str(artifacts), "OMP_NUM_THREADS": "1"}
+    with local_server(plain_env(home, **hub_env(home), **options)) as (_, url):
+        parameters = {
+            "base_url": url, "storage": "url", "image": f"{photos.url}/photos/", "n": 10,
+            "golden": next(artifacts.glob("*/manifest.json")),
+        }  # fmt: skip
+        run = smoke.run_notebook("captions", smoke.caller_env(home), parameters)
+    assert "agrees with the golden vectors" in outputs(run)
+    assert re.match(r"\w+\.jpg matches '.+' \(-?0\.\d+\) better than '", failure(run))
 
 
 def test_it_fails_on_a_worker_that_lets_everybody_in(home: Path, photos: PhotoServer):

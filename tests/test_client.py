@@ -511,7 +511,23 @@ def bent(**changes: object) -> Callable[[dict], dict]:
         (lambda reply: {"error": f"Traceback: {SECRET}?token={TOKEN}"}, "JOB_FAILED"),
         (lambda reply: {"output": None}, "NO_OUTPUT"),
     ],
-    ids=str,
+    ids=[
+        "no-finite-numbers-in-base64",
+        "no-finite-numbers",
+        "another-length",
+        "too-short",
+        "no-vector",
+        "another-dim",
+        "not-normalised",
+        "another-request",
+        "no-space",
+        "another-model",
+        "text-for-an-output",
+        "an-empty-output",
+        "killed",
+        "a-traceback",
+        "no-output",
+    ],
 )
 def test_a_wrong_answer_is_refused(rewrite, code, connect, platform, photos, monkeypatch):
     monkeypatch.setattr(endpoint, "FIRST_S", 0.05)

@@ -34,8 +34,9 @@ RUN pip install --quiet -r /build/requirements.txt
 FROM packages AS runtime
 RUN pip uninstall --quiet --yes triton cuda-bindings cuda-pathfinder setuptools pip \
     && cd /opt/venv/lib/python3*/site-packages \
-    && rm -rf torch/include nvidia/*/include nvidia/nvshmem/lib/*.a \
+    && rm -rf torch/include nvidia/*/include \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
+    && find . -type f \( -name '*.a' -o -name '*.h' \) -delete \
     && find . -type d \( -name tests -o -name test -o -name __pycache__ \) -prune -exec rm -rf {} + \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash . \
     && rm -f /opt/venv/bin/*ctivate* \
@@ -58,9 +59,12 @@ RUN python -c 'import sys; from heimdex_clip_worker.weights import load_model; l
 # The weights as they will be served, checked against what they were made of. A change of the modules
 # that make them bakes anew, to the same bytes; other code does not come by here.
 FROM checkpoint AS weights
-COPY heimdex_clip_worker/decode.py heimdex_clip_worker/preprocess.py heimdex_clip_worker/tower.py \
-     heimdex_clip_worker/artifact.py heimdex_clip_worker/embed.py heimdex_clip_worker/text.py \
-     heimdex_clip_worker/bake.py ./heimdex_clip_worker/
+ARG CLIP_MODEL_NAME
+ARG CLIP_PRETRAINED
+ARG CLIP_ACTIVATION
+COPY heimdex_clip_worker/avif.py heimdex_clip_worker/decode.py heimdex_clip_worker/preprocess.py \
+     heimdex_clip_worker/tower.py heimdex_clip_worker/artifact.py heimdex_clip_worker/embed.py \
+     heimdex_clip_worker/text.py heimdex_clip_worker/bake.py ./heimdex_clip_worker/
 COPY heimdex_clip_worker/photos ./heimdex_clip_worker/photos
 RUN HF_HUB_OFFLINE=1 python -m heimdex_clip_worker.bake --to /opt/clip \
         --model-name "$CLIP_MODEL_NAME" --pretrained "$CLIP_PRETRAINED" --activation "$CLIP_ACTIVATION"

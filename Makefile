@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke soak fuzz guards backfill bench image-test lint lab export readme lock clean
+.PHONY: help demo test smoke soak fuzz guards bench image-test lint lab export readme lock clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -17,6 +17,9 @@ demo: .venv/.worker ## set up, start the worker here, send it one signed photogr
 
 test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
 	@$(BIN)/python -m pytest $(ARGS)
+
+smoke: .venv/.dev ## run the smoke-test notebook with papermill against a worker started here
+	@$(BIN)/python tests/smoke.py $(ARGS)
 
 soak: .venv/.dev ## send one worker 10 000 good and hostile requests; nothing may leak
 	@$(BIN)/python tests/hostile/soak.py $(ARGS)
@@ -30,11 +33,14 @@ guards: .venv/.dev ## take each guard out in turn and see which test notices
 bench: .venv/.dev ## measure against a plain worker (about 5 minutes)
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
+image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 10 to 30 minutes)
+	@$(BIN)/python tools/image_test.py $(ARGS)
+
 lint: .venv/.dev ## check the code, in notebooks too, with ruff
 	@$(BIN)/ruff check .
 
-lab: .venv/.dev ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: .venv/.dev ## open the exploration notebook in JupyterLab
+	@$(BIN)/jupyter lab nbs/21_explore.ipynb $(ARGS)
 
 export: .venv/.dev ## write the package from the notebooks, clean them, and render the README
 	@$(BIN)/nbdev_export

@@ -45,9 +45,9 @@ from .tables import FileSource, ParquetSink
 
 # %% auto #0
 __all__ = ['DRAIN_S', 'EXAMPLES', 'Source', 'Client', 'Options', 'embed', 'is_passing', 'Task', 'Backoff', 'Meter', 'summarize',
-           'claims', 'usable', 'Engine', 'drive', 'learn_space', 'Console', 'stopped_by_signals', 'add_arguments',
-           'open_tables', 'count_todo', 'dry_run', 'report', 'other_spaces', 'open_bucket', 'read_options', 'backfill',
-           'said_of', 'run']
+           'claims', 'usable', 'Engine', 'drive', 'learn_space', 'printable', 'Console', 'stopped_by_signals',
+           'add_arguments', 'open_tables', 'count_todo', 'dry_run', 'report', 'other_spaces', 'open_bucket',
+           'read_options', 'backfill', 'said_of', 'run']
 
 # %% ../nbs/11d_backfill.ipynb #protocols
 class Source(Protocol):
@@ -282,7 +282,8 @@ class _Desk:
         size = options.in_flight * options.batch
         self.feed = claims(source, sink, size, options.limit, self.reject)
         self.fed = False  # the feed has ended
-        self.feed_at = 0.0  # when to ask it again
+        self.feed_at, self.rest_s = 0.0, 0.5  # when to ask it again
+        self.said_at = -math.inf
         self.stop = ""  # why no more jobs are sent
         self.fatal: Exception | None = None
         self.space = ""
@@ -307,8 +308,10 @@ class _Clerk(_Desk):
             if rows is None:
                 self.fed = True
             elif not rows:
-                self.feed_at = time.monotonic() + 1
+                self.feed_at = time.monotonic() + self.rest_s
+                self.rest_s = min(self.rest_s * 2, 10)
             else:
+                self.rest_s = 0.5
                 self.keep([failure(row, row.fault) for row in rows if row.fault])
                 self.todo.extend(row for row in rows if not row.fault)
 
@@ -404,7 +407,9 @@ class Engine(_Collector):
             self.backoff.trouble(task, sent_at, said)
         finally:
             self.retry += task.halves()
-        self.say(f"{said}; {len(task.rows)} rows are sent again")
+        if time.monotonic() - self.said_at > 10:
+            self.said_at = time.monotonic()
+            self.say(f"{said}; {len(task.rows)} rows, and whatever else fails so, are sent again")
 
     def check_space(self, outcomes: list[Outcome]) -> None:
         """Raise BackfillError when a vector is of another space than the first one."""
@@ -452,6 +457,7 @@ def drive(engine: Engine, tick: Callable[[Engine], None] = lambda engine: None) 
             tick(engine)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    tick(engine)
     if engine.fatal:
         raise engine.fatal
     limited = engine.options.limit is not None and engine.meter.done + sum(
@@ -513,12 +519,17 @@ class _Progress:
             )
 
 # %% ../nbs/11d_backfill.ipynb #say
+def printable(text: Any) -> str:
+    """Return `text` without anything that a terminal would act on."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class Console(_Progress):
     """What a person reads while a run goes on."""
 
     def say(self, line: str) -> None:
         """Print a line, past the bar if there is one."""
-        line = f"backfill: {line}"
+        line = f"backfill: {printable(line)}"
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
@@ -555,7 +566,7 @@ EXAMPLES = """examples:
       every row of video_scenes that has no vector yet
   heimdex-clip backfill --table app.scenes --path-column object --bucket scenes
       pictures of a private Supabase bucket
-  heimdex-clip backfill --from scenes.csv --url-column url --to vectors.parquet
+  heimdex-clip backfill scenes.csv --url-column url --out vectors.parquet
       files; start it again to go on after whatever stopped it
   heimdex-clip backfill --dry-run --price-per-second 0.00031
       how many rows, and about what they will cost
@@ -587,13 +598,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # %% ../nbs/11d_backfill.ipynb #add-tables
 def _add_tables(group: Any) -> None:
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--from", dest="source", type=Path, metavar="FILE",
-        help="read rows from a .csv, .tsv, .jsonl or .parquet file")  # fmt: skip
-    source.add_argument("--query", metavar="SQL", help="read rows from a query on the database")
-    group.add_argument("--to", type=Path, metavar="FILE", help="write to a .parquet file")
+    group.add_argument("source", nargs="?", type=Path, metavar="FILE",
+        help="a .csv, .tsv, .jsonl or .parquet file with rows (default: the table's)")  # fmt: skip
+    group.add_argument("--query", metavar="SQL", help="read rows from a query on the database")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write to a .parquet file")
     group.add_argument("--table", metavar="NAME",
-        help="the table that gets the vectors; with --to, that gives the rows; schema.name is "
+        help="the table that gets the vectors; with --out, that gives the rows; schema.name is "
         "allowed (default: video_scenes)")  # fmt: skip
     group.add_argument("--database", metavar="URI", default="",
         help="connection string; PGHOST, PGUSER and so on say what it does not")  # fmt: skip
@@ -647,18 +657,20 @@ def open_tables(
     url = args.path_column or args.url_column or ("thumbnail_url" if in_table else "image_url")
     names = {"id_column": args.id_column, "url_column": url}
     table = args.table or "video_scenes"
-    if args.to and args.table and not in_table:
-        raise UsageError("--to and --table: vectors go to one place")
+    if args.out and args.table and not in_table:
+        raise UsageError("--out and --table: vectors go to one place")
+    if args.source and args.query:
+        raise UsageError("a file and --query: rows come from one place")
 
     def database() -> PatientDatabase:
         return PatientDatabase(args.database, patience_s=args.patience, say=say)
 
     if args.source:
         source: Any = FileSource(args.source, **names)
-    elif args.query or args.to:
+    elif args.query or args.out:
         source = QuerySource(database(), query=args.query or "", table=table, **names)
-    if args.to:
-        return source, ParquetSink(args.to, policy, dry=args.dry_run)
+    if args.out:
+        return source, ParquetSink(args.out, policy, dry=args.dry_run)
     columns = {"vector_column": args.vector_column, "metadata_column": args.metadata_column}
     if in_table or args.url_column or args.path_column:
         columns["url_column"] = url
@@ -700,7 +712,8 @@ def report(summary: dict[str, Any]) -> str:
             f"to do      {summary['todo']:,} rows, of which a run would take {summary['rows']:,}",
             f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {summary['cost']:.2f}",
         ]
-        lines += [f"sample     {row['id']}  {row['source']}" for row in summary["sample"]]
+        pairs = [(printable(row["id"]), printable(row["source"])) for row in summary["sample"]]
+        lines += [f"sample     {row_id}  {source}" for row_id, source in pairs]
         return "\n".join(lines)
     failed = summary["failed"]
     codes = ", ".join(f"{code} {count:,}" for code, count in failed.items())
@@ -803,6 +816,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     except (BackfillError, ClipInferenceError) as error:
         summary = {"status": "failed", "error": said_of(error)}
+    except KeyboardInterrupt:  # before the first job: nothing was begun
+        return 130
     print(json.dumps(summary) if args.json else report(summary))
     if summary["status"] == "failed":
         print(f"[ERROR] {summary['error']}", file=sys.stderr)

@@ -61,8 +61,8 @@ VECTORS = [
         ("search 'a cat on a sofa' --in vectors.parquet --top 10 --backend local",),
     ),
     Command(
-        "backfill", "backfill", "embed a table of URLs, lossless and resumable",
-        ("backfill scenes.csv --out vectors.parquet --in-flight 8",),
+        "backfill", "backfill", "make a vector for each image of a table, restartable",
+        ("backfill --from scenes.csv --url-column url --to vectors.parquet",),
     ),
 ]  # fmt: skip
 

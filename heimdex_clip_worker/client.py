@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import secrets
 import threading
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from .auth import MAX_BYTES, Unsignable, canonical
 from heimdex_clip_worker.contract import (
     MAX_ANSWER_BYTES,
+    MAX_URL,
     UNKNOWN,
     answer_bytes,
     decode_vector,
@@ -38,8 +40,9 @@ from .settings import ClientSettings
 # %% auto #0
 __all__ = ['MAX_ITEMS', 'MAX_REQUEST_BYTES', 'DIM', 'NORM_TOLERANCE', 'ATTEMPTS', 'Outcome', 'WORDS', 'JOBS', 'WORKERS',
            'Progress', 'Backend', 'Off', 'Wish', 'mint', 'size_of', 'split', 'Expected', 'vector_of', 'result_of',
-           'failure', 'ask_for', 'answers_in', 'worth_another_try', 'Jobs', 'caught', 'judge', 'counts', 'embed_many',
-           'give_up', 'open_backend', 'open_client', 'image_wishes', 'text_wishes', 'ClipClient', 'AsyncClipClient']
+           'numbers_in', 'failure', 'ask_for', 'answers_in', 'worth_another_try', 'Jobs', 'caught', 'judge', 'counts',
+           'embed_many', 'give_up', 'open_backend', 'open_client', 'image_wishes', 'text_wishes', 'ClipClient',
+           'AsyncClipClient']
 
 # %% ../nbs/10_client.ipynb #backend
 class Backend(Protocol):
@@ -126,8 +129,9 @@ DIM = 512  # numbers in a vector of ViT-B-32, and the guess for other models
 def size_of(wish: Wish) -> int:
     """Return about how many bytes an item adds to its job, rather more than fewer."""
     source = wish.given.get(wish.form) if isinstance(wish.given, dict) else None
-    text = source if isinstance(source, str) else "x" * 4096
-    return 2 * len(text.encode("utf-8", "replace")) + 4 * len(wish.request_id) + 200
+    text = source if isinstance(source, str) else "x" * MAX_URL
+    written = json.dumps([text, wish.request_id], ensure_ascii=False)
+    return len(written.encode("utf-8", "replace")) + 100
 
 
 def split(wishes: list[Wish], max_items: int, dim: int = DIM) -> Iterator[list[Wish]]:
@@ -156,13 +160,14 @@ class Expected:
 
     def check(self, said: Mapping[str, Any]) -> int:
         """Return the vector's length; raise WRONG_MODEL, SPACE_CHANGED or BAD_ANSWER."""
-        model, space, dim = said.get("model"), said.get("space_id"), said.get("dim")
+        model, space, dim = (said.get(name) for name in ("model", "space_id", "dim"))
         if model != self.model:
             raise ClipInferenceSetupError(
                 f"The endpoint runs the model {safe(model)}, not {self.model} (CLIP_MODEL_NAME)",
                 code="WRONG_MODEL",
             )
-        if not isinstance(space, str) or not 1 <= len(space) <= 128 or type(dim) is not int:
+        named = isinstance(space, str) and isinstance(said.get("pretrained"), str)
+        if not named or not 1 <= len(space) <= 128 or type(dim) is not int:
             raise ClipInferenceError("The answer does not say which space it lies in")
         with self._lock:
             self.space_id, self.dim = self.space_id or space, self.dim or dim
@@ -215,19 +220,25 @@ def result_of(
         raise ClipInferenceError("The answer carries another request_id than was asked for")
     if "error" in said:
         raise worker_error(said, wish.request_id)
-    dim, timings = expected.check(said), said.get("timings")
+    dim = expected.check(said)
     result = {
         "request_id": wish.request_id,
         "embedding": vector_of(said, dim, wish.normalize),
         "dim": dim,
         "model": expected.model,
-        "pretrained": safe(said.get("pretrained")),
+        "pretrained": said["pretrained"],
         "space_id": expected.space_id,
         "normalized": wish.normalize,
-        "timings": timings if isinstance(timings, dict) else {},
+        "timings": numbers_in(said.get("timings")),
         "model_version": model_version,
     }
     return result | ({"truncated": said.get("truncated") is True} if wish.form == "text" else {})
+
+# %% ../nbs/10_client.ipynb #failure-of
+def numbers_in(said: Any) -> dict[str, float]:
+    """Return what is a number in an object; nothing when it is none."""
+    pairs = said.items() if isinstance(said, dict) else ()
+    return {name: n for name, n in pairs if type(n) in (int, float)}
 
 
 def failure(error: ClipInferenceError, wish: Wish) -> dict[str, Any]:
@@ -241,12 +252,18 @@ def failure(error: ClipInferenceError, wish: Wish) -> dict[str, Any]:
 
 # %% ../nbs/10_client.ipynb #ask-for
 def ask_for(form: str, wishes: list[Wish], entries: list[Any], model: str) -> dict[str, Any]:
-    """Return the input of a job for these items, ready to be signed."""
+    """Return the input of a job for these items, fit to be signed; raise INVALID_REQUEST."""
     asked: dict[str, Any] = {"encoding_format": "base64", "model": model}
     if form in ("images", "texts"):
-        return asked | {form: entries, "request_id": secrets.token_hex(8)}
-    given = entries[0] if isinstance(entries[0], dict) else {form: entries[0]}
-    return asked | given | {"request_id": wishes[0].request_id}
+        asked |= {form: entries, "request_id": secrets.token_hex(8)}
+    else:
+        given = entries[0] if isinstance(entries[0], dict) else {form: entries[0]}
+        asked |= given | {"request_id": wishes[0].request_id}
+    try:
+        canonical(asked)
+    except Unsignable as error:
+        raise ClipInferenceError(f"Cannot be signed: {error}", code="INVALID_REQUEST") from None
+    return asked
 
 
 def answers_in(output: dict[str, Any], asked: dict[str, Any], count: int) -> list[Any]:
@@ -451,6 +468,8 @@ class _Core:
         parallel: int = 4,  # jobs of one batch under way at once
         max_items: int = MAX_ITEMS,  # most items in one job
     ):
+        if not (1 <= max_items <= 512 and parallel >= 1):
+            raise ValueError("max_items must be 1 to 512, and parallel 1 or more")
         self.backend, self.parallel, self.max_items = backend, parallel, max_items
         self.jobs = Jobs(backend, Expected(model_name, space_id), model_version, timeout_s)
 
@@ -582,9 +601,12 @@ class _InThreads:
 
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         stop: Future[None] = Future()
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._pool, function, *args, stop)
+            begun = self._pool.submit(function, *args, stop)
+        except RuntimeError:
+            raise ClipInferenceError("The client is closed", code="CLOSED") from None
+        try:
+            return await asyncio.wrap_future(begun)
         finally:
             give_up(stop)
 

@@ -249,29 +249,28 @@ def golden_images(embedder: Embedder) -> torch.Tensor:  # (3, 3, S, S)
 # %% ../nbs/04_embed.ipynb #warm-up
 def warm_up(embedder: Embedder) -> Fitness | None:  # None: there is nothing to compare with
     """Run once and compare with open_clip's answers; raise InferenceFailed or ModelError."""
-    size, found = embedder.image_size, None
-    if embedder.golden is None:
+    if embedder.photos is None:
+        size = embedder.image_size
         embedder.embed([Image.new("RGB", (size, size), "grey")])
         return None
-    allowed = DRIFT[embedder.precision]
-    asked = {"open_clip's vectors": (golden_pixels(size), embedder.golden, allowed)}
-    if embedder.photos is not None:
-        allowed += FAST if embedder.quality == "fast" else 0
-        photos = (golden_images(embedder), embedder.photos, allowed)
-        asked["open_clip's vectors of photographs"] = photos
-    for what, (pixels, golden, allowed) in asked.items():
-        found = Fitness(drift(embedder.encode(pixels), golden), allowed)
-        if not found.turned <= allowed:
-            raise unfit(embedder, what, found)
+    allowed = DRIFT[embedder.precision] + (FAST if embedder.quality == "fast" else 0)
+    found = Fitness(drift(embedder.encode(golden_images(embedder)), embedder.photos), allowed)
+    if not found.turned <= allowed:
+        raise unfit(embedder, found)
     return found
 
 
-def unfit(embedder: Embedder, what: str, found: Fitness) -> ModelError:
-    """Return the refusal to serve from a device that computes something else."""
+def unfit(embedder: Embedder, found: Fitness) -> ModelError:
+    """Return the refusal to serve vectors that are not open_clip's, with what is at fault."""
+    alone = drift(embedder.encode(golden_pixels(embedder.image_size)), embedder.golden)
+    where = f"{embedder.model_name} on {embedder.device} in {embedder.precision}"
+    cure = "set CLIP_PRECISION to fp32, or remove the serving artifact (CLIP_ARTIFACT_DIR)"
+    if alone <= DRIFT[embedder.precision]:
+        where = f"{where} computes what it should, but decoding or preprocessing"
+        cure = "reinstall Pillow and torch as pinned, or set CLIP_PREPROCESS to exact"
     return ModelError(
-        f"{embedder.model_name} on {embedder.device} in {embedder.precision} does not give {what}: "
-        f"1 - cosine {found.turned:.1e} > {found.allowed:.1e}; "
-        "set CLIP_PRECISION to fp32, or remove the serving artifact (CLIP_ARTIFACT_DIR)"
+        f"{where} does not give open_clip's vectors of photographs: "
+        f"1 - cosine {found.turned:.1e} > {found.allowed:.1e}; {cure}"
     )
 
 # %% ../nbs/04_embed.ipynb #of-artifact

@@ -66,8 +66,12 @@ class Source:
 
 
 def images_below(folder: str) -> Iterator[str]:
-    """Yield the paths of the images in a folder and in those below it."""
-    for here, folders, files in os.walk(folder):
+    """Yield the paths of the images in a folder and in those below it; raise OSError."""
+
+    def refuse(error: OSError) -> None:  # `walk` would pass over what it may not read
+        raise error
+
+    for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -154,6 +158,7 @@ def open_worker(settings: Settings) -> Any:  # handler.Worker
     if problems:
         raise SettingsError(problems)
     handler.set_up_logging("ERROR")
+    say(f"Loading {settings.model_name} ({settings.pretrained})", "INFO")
     worker = handler.build(settings)
     worker.service.pipeline.downloads = FilesToo(*handler.limits_of(settings))
     return worker
@@ -161,13 +166,15 @@ def open_worker(settings: Settings) -> Any:  # handler.Worker
 
 async def reply_to(source: Source, worker: Any, normalize: bool = True) -> dict[str, Any]:
     """Return a source's result in the contract's shape, or what went wrong."""
-    from heimdex_clip_worker.contract import Item, Request
+    from heimdex_clip_worker.contract import UNKNOWN, parse
     from heimdex_clip_worker.handler import embed_item, guarded
 
-    service, item = worker.service, Item(source.value, normalize=normalize)
-    request = Request("text" if source.form == "text" else "image_url", (item,))
-    work = embed_item(service.pipeline, service.space, request, item)
-    return await guarded(work, item.request_id)
+    async def work() -> dict[str, Any]:
+        form = "text" if source.form == "text" else "image_url"
+        request, service = parse({form: source.value, "normalize": normalize}), worker.service
+        return await embed_item(service.pipeline, service.space, request, request.items[0])
+
+    return await guarded(work(), UNKNOWN)
 
 # %% ../nbs/13d_embedding.ipynb #in-order
 Pair = tuple[Source, dict[str, Any]]  # and its result, or its error
@@ -261,10 +268,11 @@ def results(
     items: Iterable[Source], given: list[str], backend: str | None, normalize: bool = True
 ) -> Iterator[Iterator[Pair]]:
     """Yield sources with their results; raise CommandError, SettingsError, ClipInferenceError."""
-    chosen = backend or in_environ({"": CLIENT_VARIABLES["backend"]})[""]
+    told = in_environ({name: CLIENT_VARIABLES[name] for name in ("backend", "model_version")})
+    chosen, version = backend or told["backend"], {"model_version": told["model_version"]}
     if chosen == "local":
         with closing(through_local(items, open_worker(worker_settings()), normalize)) as pairs:
-            yield pairs
+            yield ((s, r if "error" in r else r | version) for s, r in pairs)
         return
     from heimdex_clip_worker.client import ClipClient
 

@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPResponse
@@ -29,6 +29,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .auth import new_nonce, sign_v2
 from heimdex_clip_worker.errors import (
+    CALLER_CODES,
     ClipInferenceAuthError,
     ClipInferenceError,
     ClipInferenceNetworkError,
@@ -39,8 +40,8 @@ from .settings import is_loopback
 
 # %% auto #0
 __all__ = ['MAX_ANSWER_BYTES', 'CONNECT_S', 'WAIT_S', 'GRACE_S', 'FIRST_S', 'LONGEST_S', 'PASSING', 'ENDED', 'MOST_UNREADABLE',
-           'Call', 'open_session', 'Answer', 'exchange', 'pause', 'asked_pause', 'expired', 'refusal_of', 'safe',
-           'worker_error', 'output_of', 'Signer', 'Exchanges', 'ask', 'id_of', 'poll_pause', 'Endpoint']
+           'Call', 'open_session', 'Answer', 'exchange', 'pause', 'asked_pause', 'expired', 'refusal_of', 'has_ended',
+           'safe', 'worker_error', 'output_of', 'Signer', 'Exchanges', 'ask', 'id_of', 'poll_pause', 'Endpoint']
 
 # %% ../nbs/09_endpoint.ipynb #call
 class Call:
@@ -128,10 +129,9 @@ class _HttpsPool(HTTPSConnectionPool):
 class _Adapter(HTTPAdapter):
     """Connections whose read time-out bounds the whole answer, through proxies as well."""
 
-    def get_connection_with_tls_context(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        for manager in [self.poolmanager, *self.proxy_manager.values()]:
-            manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
-        return super().get_connection_with_tls_context(request, *args, **kwargs)
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)
@@ -243,7 +243,7 @@ def asked_pause(text: str, now: float) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
-# %% ../nbs/09_endpoint.ipynb #refusal-of
+# %% ../nbs/09_endpoint.ipynb #passing
 PASSING = {408, 425, 429, *range(500, 600)}  # a repetition may help
 
 
@@ -259,7 +259,7 @@ def expired() -> ClipInferenceError:
     """Return the error for a job that the platform has forgotten."""
     return ClipInferenceError("The platform has forgotten the job", code="JOB_EXPIRED")
 
-
+# %% ../nbs/09_endpoint.ipynb #refusal-of
 def refusal_of(
     answer: Answer,
     of_job: bool = False,  # whether the question was for a job of ours
@@ -294,9 +294,16 @@ def refusal_of(
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 
 
-def safe(text: Any) -> str:
+def has_ended(job: Mapping[str, Any]) -> bool:
+    """Tell whether a job has come to its end, whatever that is."""
+    status = job.get("status")
+    return isinstance(status, str) and status in ENDED
+
+
+def safe(said: Any) -> str:
     """Return foreign text as one short line without queries, tokens and signatures."""
-    line = " ".join(str(text)[:2000].split())
+    text = said if isinstance(said, str) else f"({type(said).__name__})"
+    line = " ".join(text[:2000].split())
     line = "".join(c if c.isprintable() else " " for c in line)
     line = re.sub(r"[\w+/=%.&:?-]{40,}", "...", line)
     return re.sub(r"\?\S*", "?", line)[:300]
@@ -314,7 +321,8 @@ def worker_error(
 ) -> ClipInferenceError:
     """Return a failure that a worker told as an exception, to raise or to keep."""
     code, message = said.get("code"), safe(said.get("error") or "no reason was given")
-    if not isinstance(code, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", code):
+    fine = isinstance(code, str) and re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", code)
+    if not fine or code in CALLER_CODES:  # those are ours to give
         message = f"The worker ended the job without a code: {message}"
         return ClipInferenceError(message, code="JOB_FAILED", request_id=request_id)
     if code in _SIGNATURE:
@@ -458,44 +466,44 @@ def poll_pause(attempt: int) -> float:
 
 # %% ../nbs/09_endpoint.ipynb #submit-and-cancel
 class _Jobs:
-    """What an endpoint does without its caller's knowing: submit a job, and cancel one."""
+    """Submits jobs, and cancels them."""
 
     def __init__(self, exchanges: Exchanges, signer: Signer):
         self.exchanges, self.signer = exchanges, signer
 
     def submit(self, job_input: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Return the job as the platform tells of it after ten seconds, or when it has ended."""
+        """Return the job as it is after ten seconds, or at its end."""
         held_s = max(1.0, min(WAIT_S, call.left()))
+        path = f"/runsync?wait={math.ceil(1000 * held_s)}"
 
         def body(left: float) -> bytes:
             policy = {"ttl": max(10_000, math.ceil(1000 * (left + GRACE_S)))}
             job = {"input": self.signer.sign(job_input, left), "policy": policy}
             return json.dumps(job).encode("ascii")
 
-        path, most_s = f"/runsync?wait={math.ceil(1000 * held_s)}", held_s + GRACE_S
         try:
-            return ask(self.exchanges, call, "POST", path, body, most_s, self.cancel_late)
+            return ask(self.exchanges, call, "POST", path, body, held_s + GRACE_S, self.late)
         except ClipInferenceSetupError as error:
             if error.code != "ENDPOINT_NOT_FOUND":
                 raise
-        ask(self.exchanges, call, "GET", "/health")  # raises the same when that is what it was
+        ask(self.exchanges, call, "GET", "/health")  # raises the same if that is what it was
         raise expired()
 
-    def cancel(self, job_id: str) -> Future[Answer] | None:
-        """Start cancelling a job; None when it is too late for that."""
-        try:
-            return self.exchanges.begin("POST", f"/cancel/{job_id}", None, GRACE_S)
-        except ClipInferenceError:
-            return None
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job, in a thread if there still is one."""
+        what = ("POST", f"/cancel/{job_id}", None, GRACE_S)
+        with contextlib.suppress(ClipInferenceError):
+            try:
+                self.exchanges.begin(*what)
+            except ClipInferenceError:
+                self.exchanges.now(*what)
 
-    def cancel_late(self, begun: Future[Answer]) -> None:
+    def late(self, begun: Future[Answer]) -> None:
         """Cancel the job that an answer left behind tells of."""
-        if begun.cancelled() or begun.exception() or not begun.result().said:
-            return
-        job = begun.result().said
-        if job.get("status") not in ENDED:
-            with contextlib.suppress(ClipInferenceError):
-                self.exchanges.now("POST", f"/cancel/{id_of(job)}", None, GRACE_S)
+        with contextlib.suppress(ClipInferenceError, CancelledError):
+            job_id = id_of(job := begun.result().said or {})
+            if not has_ended(job):
+                self.exchanges.now("POST", f"/cancel/{job_id}", None, GRACE_S)
 
 # %% ../nbs/09_endpoint.ipynb #endpoint-class
 class Endpoint:
@@ -520,14 +528,14 @@ class Endpoint:
         job_id = id_of(job)
         try:
             for attempt in itertools.count():
-                if job.get("status") in ENDED:
+                if has_ended(job):
                     return output_of(job)
                 call.state = safe(job.get("status"))
                 call.sleep(poll_pause(attempt))
-                job = ask(self._exchanges, call, "GET", f"/status/{job_id}")
-                id_of(job, job_id)
+                said = ask(self._exchanges, call, "GET", f"/status/{job_id}")
+                job = said if id_of(said, job_id) else job
         except BaseException:
-            if job.get("status") not in ENDED:
+            if not has_ended(job):
                 self._jobs.cancel(job_id)
             raise
 

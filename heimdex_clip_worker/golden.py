@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +24,28 @@ FILE = PACKAGE / "vectors" / "seeded.json"
 MODEL = "ViT-B-32"
 
 # %% auto #0
-__all__ = ['PACKAGE', 'FILE', 'MODEL', 'TEXTS', 'seeded_state', 'photographs', 'reference', 'golden', 'seeded_worker',
-           'embed_golden', 'distances']
+__all__ = ['PACKAGE', 'FILE', 'MODEL', 'TEXTS', 'without_warnings', 'seeded_state', 'photographs', 'reference', 'golden',
+           'seeded_worker', 'embed_golden', 'distances']
 
 # %% ../nbs/13f_golden.ipynb #seeded-state
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep open_clip from warning, on the root logger, that weights are random: they must be."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+
+
 def seeded_state(model_name: str = MODEL) -> dict[str, torch.Tensor]:  # name -> float16
     """Return the weights of a whole CLIP model, the same on every call."""
     import open_clip
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), without_warnings():
         torch.manual_seed(0)
         model = open_clip.create_model(model_name, pretrained_text=False)
     for name, weight in model.named_parameters():
@@ -65,7 +79,8 @@ def reference(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Te
     from PIL import Image
     from torch.nn.functional import normalize
 
-    model, _, transform = open_clip.create_model_and_transforms(MODEL, force_quick_gelu=True)
+    with without_warnings():
+        model, _, transform = open_clip.create_model_and_transforms(MODEL, force_quick_gelu=True)
     model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
     model.eval()
     tokenize, photos = open_clip.get_tokenizer(MODEL), {}

@@ -27,9 +27,8 @@ from heimdex_clip_worker.rows import (
 )
 
 # %% auto #0
-__all__ = ['LOCK_TIMEOUT_S', 'require_psycopg', 'Database', 'PatientDatabase', 'parse_name', 'quoted', 'read_columns',
-           'check_columns', 'keyset_pages', 'QuerySource', 'compose', 'fits', 'Leases', 'VectorTable', 'SharedTable',
-           'PostgresSink']
+__all__ = ['require_psycopg', 'Database', 'PatientDatabase', 'parse_name', 'quoted', 'read_columns', 'check_columns',
+           'keyset_pages', 'QuerySource', 'compose', 'fits', 'Leases', 'VectorTable', 'SharedTable', 'PostgresSink']
 
 # %% ../nbs/11b_postgres.ipynb #require-psycopg
 def require_psycopg() -> Any:
@@ -51,7 +50,10 @@ _KEEPALIVE = {
     "connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
     "tcp_user_timeout": 60_000, "application_name": "heimdex-clip backfill",
 }  # fmt: skip
-LOCK_TIMEOUT_S = 20  # a row that somebody else keeps locked for longer is tried again
+# For one statement: how long it waits for a row that somebody else has locked, and how long it may
+# take, whatever is set for the role (counting a large table takes minutes).
+_LIMITS = """SELECT set_config('lock_timeout', '20s', true),
+    set_config('statement_timeout', '30min', true)"""
 
 # %% ../nbs/11b_postgres.ipynb #database
 class Database:
@@ -82,8 +84,7 @@ class Database:
         if self._connection.closed:
             self._connection = self._connect()
         with self._connection.transaction():
-            limit = f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'"
-            self._connection.execute(limit)
+            self._connection.execute(_LIMITS)
             cursor = self._connection.execute(statement, values or {})
             return cursor.fetchall() if cursor.description else []
 
@@ -97,16 +98,15 @@ class PatientDatabase(Database):
 
     def run(self, statement: Any, values: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Return the rows that a statement gives; raise BackfillError when it cannot be done."""
-        errors = self._psycopg.errors
-        passing = (self._psycopg.OperationalError, errors.ReadOnlySqlTransaction)
         deadline, wait_s = time.monotonic() + self._patience_s, 0.05
         while True:
             try:
                 return self._once(statement, values)
-            except passing as error:
+            except self._psycopg.OperationalError as error:
                 if time.monotonic() + wait_s > deadline:
-                    said = f"the database has not answered for {self._patience_s:.0f} s"
-                    raise BackfillError(f"{said}: {_first_line(error)}") from error
+                    self._patience_s = 0  # what is left to say, a release for instance, can fail
+                    said = f"the database did not come back: {_first_line(error)}"
+                    raise BackfillError(said) from error
                 self._say(f"database: {_first_line(error)}; trying again")
                 time.sleep(wait_s * random.uniform(0.5, 1))
                 wait_s = min(wait_s * 2, 10)
@@ -332,6 +332,10 @@ class Leases:
         self._held.update((row.id, (token, now)) for row in mine)
         return mine
 
+    def has(self, row_id: Any) -> bool:
+        """Tell whether this process has the row's lease, as far as it knows."""
+        return row_id in self._held
+
     def drop(self, ids: list[Any]) -> list[str]:
         """Forget the leases of `ids`; return their tokens, "" where there is none."""
         return [self._held.pop(i, ("", 0.0))[0] for i in ids]
@@ -408,8 +412,7 @@ class SharedTable(VectorTable):
             given = {"ids": [str(row.id) for row in rows], "urls": [row.source for row in rows]}
             self.database.run(self.statements["add"], given)
         mine = self.leases.take(rows, self.values())
-        taken = {row.id for row in mine}
-        rest = [row for row in rows if row.id not in taken]
+        rest = [row for row in rows if not self.leases.has(row.id)]
         return mine, len(self.wanted(rest)) if rest else 0
 
     def renew(self) -> None:

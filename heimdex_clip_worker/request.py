@@ -80,7 +80,7 @@ def address(
             url = f"{settings['base_url']}/{CLIENT_VARIABLES['endpoint_id'].parse(chosen)}/runsync"
     except ValueError as problem:
         raise CommandError(f"--endpoint {problem}", status=USAGE) from problem
-    return shlex.quote(url), not is_loopback(urlsplit(url).hostname or "")
+    return shlex.quote(url), not (is_url(chosen) and is_loopback(urlsplit(url).hostname or ""))
 
 # %% ../nbs/13b_request.ipynb #curl-line
 def curl_line(body: str, where: str, with_key: bool) -> str:

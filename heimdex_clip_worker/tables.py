@@ -227,7 +227,7 @@ def parquet_schema(
     text = [(name, pyarrow.string()) for name in SUCCESS_FACTS[:4]]
     return pyarrow.schema([
         ("id", pyarrow.int64() if whole else pyarrow.string()),
-        ("embedding", pyarrow.list_(pyarrow.float32(), dim)),
+        ("vector", pyarrow.list_(pyarrow.float32(), dim)),
         *text,
         ("normalized", pyarrow.bool_()),
         ("embedded_at", pyarrow.timestamp("us", tz="UTC")),
@@ -246,7 +246,7 @@ def _to_batch(
     pyarrow = require_pyarrow()
     facts = [json.loads(text) for _, _, text in found]
     buffer = pyarrow.py_buffer(b"".join(vector for _, vector, _ in found))
-    size = schema.field("embedding").type.list_size
+    size = schema.field("vector").type.list_size
     flat = pyarrow.Array.from_buffers(pyarrow.float32(), size * len(found), [None, buffer])
     whole = pyarrow.types.is_integer(schema.field("id").type)
     columns = [pyarrow.array([int(key) if whole else key for key, _, _ in found])]
@@ -323,7 +323,7 @@ def refill(journal: sqlite3.Connection, path: Path, failures: Path) -> None:
     with committed(journal):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                columns = ("id", "embedding", *SUCCESS_FACTS)
+                columns = ("id", "vector", *SUCCESS_FACTS)
                 if not set(columns) <= set(file.schema_arrow.names):
                     said = f"{path} is no file of a backfill, and will not be overwritten"
                     raise UsageError(said)
@@ -335,18 +335,21 @@ def refill(journal: sqlite3.Connection, path: Path, failures: Path) -> None:
             raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
         _refill_failures(journal, failures)
 
-
+# %% ../nbs/11a_tables.ipynb #refill-entries
 def _to_entry(row: dict[str, Any]) -> tuple[str, bool, bytes, str]:
     """Return a row of the Parquet file as one of the journal."""
     facts = {name: row[name] for name in SUCCESS_FACTS}
     facts["embedded_at"] = row["embedded_at"].strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    return str(row["id"]), isinstance(row["id"], int), _pack(row["embedding"]), json.dumps(facts)
+    return str(row["id"]), isinstance(row["id"], int), _pack(row["vector"]), json.dumps(facts)
 
 
 def _refill_failures(journal: sqlite3.Connection, path: Path) -> None:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        entry = json.loads(line)
-        row_id, facts = entry["id"], {name: entry[name] for name in FAILURE_FACTS}
+        try:
+            entry = json.loads(line)
+            row_id, facts = entry["id"], {name: entry[name] for name in FAILURE_FACTS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is no list of failures of a backfill: {error}") from error
         if row_id is not None:
             journal.execute(_FAILED, (str(row_id), isinstance(row_id, int), json.dumps(facts)))
 

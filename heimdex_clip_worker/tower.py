@@ -17,8 +17,9 @@ from .errors import ModelError
 
 # %% auto #0
 __all__ = ['MODEL_KEYS', 'IMAGE_KEYS', 'TEXT_KEYS', 'WITHOUT_EFFECT', 'QUICK', 'Take', 'DTYPES', 'Shape', 'ImageShape',
-           'TextShape', 'understood', 'image_shape', 'text_shape', 'covers', 'Block', 'Tower', 'VisionTower',
-           'TextTower', 'block_weights', 'outside_of_image', 'outside_of_text', 'from_open_clip', 'pick_precision']
+           'TextShape', 'understood', 'image_shape', 'text_shape', 'covers', 'Linear', 'Embedding', 'Block', 'Tower',
+           'VisionTower', 'TextTower', 'block_weights', 'outside_of_image', 'outside_of_text', 'from_open_clip',
+           'pick_precision']
 
 # %% ../nbs/03d_tower.ipynb #shapes
 @dataclass(frozen=True)
@@ -120,6 +121,20 @@ def covers(
     """Tell whether a tower of a model is one of those here."""
     return (image_shape if part == "image" else text_shape)(config, "gelu") is not None
 
+# %% ../nbs/03d_tower.ipynb #layers-without-weights
+class Linear(nn.Linear):
+    """A linear layer that waits for its weights."""
+
+    def reset_parameters(self) -> None:
+        """Invent nothing."""
+
+
+class Embedding(nn.Embedding):
+    """A table of rows that waits for them."""
+
+    def reset_parameters(self) -> None:
+        """Invent nothing."""
+
 # %% ../nbs/03d_tower.ipynb #block
 class Block(nn.Module):
     """Attention and a perceptron, each added to what came in."""
@@ -129,9 +144,9 @@ class Block(nn.Module):
         width, self.heads = shape.width, shape.heads
         self.activation = {"gelu": F.gelu, "quickgelu": F.silu}[shape.activation]
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, shape.hidden), nn.Linear(shape.hidden, width)
+        self.query, self.key_value = Linear(width, width), Linear(width, 2 * width)
+        self.out = Linear(width, width)
+        self.up, self.down = Linear(width, shape.hidden), Linear(shape.hidden, width)
 
     def forward(
         self,
@@ -160,7 +175,7 @@ class Tower(nn.Module):
         super().__init__()
         self.shape = shape
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.project = nn.Linear(shape.width, shape.dim, bias=False)
+        self.project = Linear(shape.width, shape.dim, bias=False)
 
     @classmethod
     def load(
@@ -185,7 +200,7 @@ class VisionTower(Tower):
     def __init__(self, shape: ImageShape):
         super().__init__(shape)
         width, patch, grid = shape.width, shape.patch_size, shape.image_size // shape.patch_size
-        self.patch = nn.Linear(3 * patch * patch, width, bias=False)
+        self.patch = Linear(3 * patch * patch, width, bias=False)
         self.first = nn.Parameter(torch.empty(1, width))  # the class token, at its place
         self.places = nn.Parameter(torch.empty(grid * grid, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -212,7 +227,7 @@ class TextTower(Tower):
 
     def __init__(self, shape: TextShape):
         super().__init__(shape)
-        self.tokens = nn.Embedding(shape.vocab_size, shape.width)
+        self.tokens = Embedding(shape.vocab_size, shape.width)
         self.places = nn.Parameter(torch.empty(shape.context_length, shape.width))
         self.ln_final = nn.LayerNorm(shape.width)
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from pyarrow import parquet
 
 # %% auto #0
-__all__ = ['BLOCK', 'Block', 'schema', 'storable', 'Writer', 'open_part', 'rows_table', 'removed_at_the_end', 'column_names',
-           'blocks', 'spaces_of']
+__all__ = ['FACTS', 'BLOCK', 'Block', 'schema', 'storable', 'Writer', 'open_part', 'rows_table', 'removed_at_the_end',
+           'column_names', 'blocks', 'spaces_of']
 
 # %% ../nbs/13c_vectors.ipynb #schema
+FACTS = ("space_id", "model", "model_version", "pretrained")  # beside each vector
 BLOCK = 4096  # rows kept in memory before they are written; 8 MB at 512 numbers each
 
 
@@ -30,7 +31,7 @@ def schema(dim: int) -> pyarrow.Schema:
     """Return the columns of a file of vectors with `dim` numbers each."""
     import pyarrow as pa
 
-    words = [(name, pa.string()) for name in ("space_id", "model", "pretrained")]
+    words = [(name, pa.string()) for name in FACTS]
     return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dim)), *words])
 
 
@@ -52,7 +53,7 @@ class Writer:
 
     def add(self, name: str, result: Mapping[str, Any]) -> None:
         """Add the vector of an answer in the contract's success shape."""
-        told = [result[key] for key in ("space_id", "model", "pretrained")]
+        told = [result[name] for name in FACTS]
         self._rows.append([storable(name), result["embedding"], *told])
         self.count += 1
         if len(self._rows) == BLOCK:
@@ -64,6 +65,7 @@ class Writer:
         self._rows = []
 
     def __enter__(self) -> Writer:
+        self.part.touch()  # better fail now than when all is embedded
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

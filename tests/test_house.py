@@ -45,15 +45,24 @@ MAY_IMPORT = {
         "errors", "settings", "auth", "contract", "download", "decode", "weights", "artifact",
         "embed", "text", "batch", "selftest",
     },
+    "jobs": set(),
+    "processes": set(),
     "endpoint": {"errors", "auth", "settings"},
     "client": {"errors", "auth", "contract", "settings", "endpoint", "local"},
-    "backfill": {"errors", "settings", "client", "contract"},
+    "rows": set(),
+    "tables": {"rows"},
+    "postgres": {"rows"},
+    "storage": {"rows"},
+    "backfill": {
+        "errors", "settings", "client", "contract", "rows", "tables", "postgres", "storage",
+    },
     "deploy": {"errors", "settings"},
 }  # fmt: skip
 # These may import anything, the heavy things inside functions.
 COMMANDS = {"demo", "platform", "local", "cli", "console", "request", "vectors", "embedding"}
 COMMANDS |= {"search", "golden", "verify"}
 BUILT = {"errors", "settings", "auth", "download", "decode", "weights", "embed", "handler", "demo"}
+BUILT |= {"jobs", "processes", "platform"}
 HEAVY = {"torch", "torchvision", "open_clip", "runpod", "aiohttp", "PIL"}
 MAY_NOT_IMPORT = {
     "download": {"torch", "torchvision", "open_clip", "requests", "runpod"},
@@ -70,15 +79,20 @@ MAY_NOT_IMPORT = {
     "selftest": {"requests", "aiohttp", "runpod"},
     "endpoint": HEAVY,
     "client": HEAVY,
+    "tables": HEAVY,
+    "postgres": HEAVY,
+    "storage": HEAVY,
     "backfill": HEAVY,
     "deploy": HEAVY,
 }
-STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif"}
+STANDARD_LIBRARY_ONLY = {"errors", "auth", "contract", "settings", "avif", "rows"}
+STANDARD_LIBRARY_ONLY |= {"jobs", "processes"}
 DEVELOPMENT_ONLY = {"fastcore", "execnb", "IPython", "nbdev", "pytest", "papermill", "nbformat"}
 DISTRIBUTION = {  # where the names differ
     "PIL": "pillow",
     "open_clip": "open-clip-torch",
     "huggingface_hub": "huggingface-hub",
+    "httpx": "storage3",  # whose errors it raises
 }
 
 # The contract's words, of the request and of the replies.
@@ -280,6 +294,14 @@ def test_the_readme_names_every_environment_variable() -> None:
     assert sorted(name for name in names if f"`{name}`" not in text) == []
 
 
+def test_the_readme_names_every_command() -> None:
+    from heimdex_clip_worker.cli import COMMANDS, STATUSES
+
+    text = README.read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`{name}`" not in text] == []
+    assert [status for status in STATUSES if f"| {status} |" not in text] == []
+
+
 def test_the_readme_names_every_error_code() -> None:
     from heimdex_clip_worker.errors import CALLER_CODES, error_table
 
@@ -303,6 +325,6 @@ def test_the_fields_on_the_wire_are_the_codes_own() -> None:
 
 
 def test_every_make_target_in_the_readme_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set(re.findall(r"(?:^|`)make ([a-z]+)", README.read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"(?:^|`)make ([a-z-]+)", README.read_text(encoding="utf-8"), re.M))
     assert {"demo", "test"} <= used <= targets

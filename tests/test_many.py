@@ -11,11 +11,11 @@ import pytest
 import torch
 from local_worker import HANDLER, PHOTOS, SECRET, PhotoServer, WorkerProcess, plain_env
 from PIL import Image
-from platform_standin import PlatformServer
 from seeded import hub_env
 
 from heimdex_clip_worker.auth import new_nonce, sign_v2
 from heimdex_clip_worker.contract import decode_vector
+from heimdex_clip_worker.platform import PlatformServer
 
 NAMES = sorted(p.name for p in PHOTOS.iterdir() if p.suffix in (".jpg", ".png"))
 TEXTS = ["a photo of a cat", "a rocket", "a cup of coffee on a table", "word " * 100]

@@ -122,6 +122,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     modules = {f"{package.name}/{path.name}" for path in package.glob("*.py")}
     photos = {f"{package.name}/photos/{path.name}" for path in (package / "photos").iterdir()}
     extra = {n for n in names if n.startswith(f"{package.name}/vectors/")}
+    assert f"{package.name}/vectors/seeded.json" in extra
     assert names - extra == (modules | photos) - {f"{package.name}/_modidx.py"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -9,13 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import smoke
 from local_worker import SECRET, PhotoServer, local_server, plain_env
+from seeded import hub_env
 from storage_standin import StorageServer
 
+from heimdex_clip_worker.contract import decode_vector
+from heimdex_clip_worker.golden import golden
 from heimdex_clip_worker.platform import PlatformServer
 
+pytestmark = pytest.mark.timeout(300)  # the first run makes golden vectors and the artifact
 FAKE = str(Path(__file__).parent / "fake_worker.py")
 
 
@@ -65,7 +71,7 @@ def on_platform(home: Path) -> smoke.Run:
 
 def test_it_passes_on_the_platform_with_signed_urls_of_supabase(on_platform: smoke.Run):
     assert on_platform.status == 0, on_platform.said[-3000:]
-    assert "PASSED: 16 checks" in outputs(on_platform)
+    assert "PASSED: 17 checks" in outputs(on_platform)
 
 
 def test_it_shows_no_secret(on_platform: smoke.Run):
@@ -85,6 +91,13 @@ def test_it_passes_on_a_local_server_with_public_urls(home: Path):
     run = smoke.on_local_server(home)
     assert run.status == 0, run.said[-3000:]
     assert "another secret is refused" in outputs(run)
+
+
+def test_golden_vectors_made_anew_are_those_of_the_package():
+    made = json.loads(smoke.golden_file().read_text(encoding="utf-8"))["photos"]
+    pairs = [(decode_vector(made[name]), row) for name, row in golden()["photos"].items()]
+    cosines = [np.dot(one, row.tolist()) for one, row in pairs]
+    assert len(cosines) == 10 and min(cosines) > 0.99999
 
 
 # Bad workers
@@ -139,12 +152,25 @@ def test_it_fails_on_plain_gelu(home: Path, photos: PhotoServer):
     with local_server(env) as (_, url):
         parameters = {
             "base_url": url, "storage": "url", "image": photos.photo("chelsea.jpg"),
-            "golden": smoke.golden_file(),
         }  # fmt: skip
         run = smoke.run_notebook("gelu", smoke.caller_env(home), parameters)
     said = failure(run)
     assert said.startswith("THE VECTORS ARE WRONG. Cosines to the golden vectors: chelsea.jpg 0.99")
     assert "CLIP_ACTIVATION" in said
+
+
+def test_weights_that_are_said_to_be_trained_must_match_captions(home: Path, photos: PhotoServer):
+    """The seeded weights under the name `openai`: nothing is excused, and nothing matches."""
+    artifacts = smoke.CACHE / "artifacts-openai"
+    options = {"CLIP_ARTIFACT_DIR": str(artifacts), "OMP_NUM_THREADS": "1"}
+    with local_server(plain_env(home, **hub_env(home), **options)) as (_, url):
+        parameters = {
+            "base_url": url, "storage": "url", "image": f"{photos.url}/photos/", "n": 10,
+            "golden": next(artifacts.glob("*/manifest.json")),
+        }  # fmt: skip
+        run = smoke.run_notebook("captions", smoke.caller_env(home), parameters)
+    assert "agrees with the golden vectors" in outputs(run)
+    assert re.match(r"\w+\.jpg matches '.+' \(-?0\.\d+\) better than '", failure(run))
 
 
 def test_it_fails_on_a_worker_that_lets_everybody_in(home: Path, photos: PhotoServer):

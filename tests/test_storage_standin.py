@@ -84,6 +84,13 @@ def test_a_signed_url_opens_its_own_object_only(storage, scenes):
     assert fetch(url.partition("?")[0]).status_code == 400
 
 
+def test_many_are_signed_at_once_and_what_is_missing_is_said(scenes):
+    scenes.upload("1.jpg", BODY, JPEG)
+    there, missing = scenes.create_signed_urls(["1.jpg", "2.jpg"], 300)
+    assert fetch(there["signedURL"]).content == BODY
+    assert missing["signedURL"] is None and missing["error"].startswith("Either the object")
+
+
 def test_what_is_not_there_is_not_signed(scenes):
     missing = failure(scenes.create_signed_url, "nowhere.jpg", 300)
     assert missing == ("404", "not_found", "Object not found")

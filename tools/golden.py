@@ -45,7 +45,7 @@ def golden(
         "model": model_name,
         "pretrained": loaded.weights.name,
         "space_id": space_id(loaded),
-        "vectors": {path.name: embed(path) for path in photos},
+        "photos": {path.name: embed(path) for path in photos},
     }
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[ERROR] {problem}", file=sys.stderr)
         return 1
     args.file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(f"{args.file}: {len(told['vectors'])} vectors, space {told['space_id']}")
+    print(f"{args.file}: {len(told['photos'])} photographs, space {told['space_id']}")
     return 0
 
 

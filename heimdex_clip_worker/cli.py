@@ -62,7 +62,7 @@ VECTORS = [
     ),
     Command(
         "backfill", "backfill", "make a vector for each image of a table, restartable",
-        ("backfill --from scenes.csv --url-column url --to vectors.parquet",),
+        ("backfill scenes.csv --url-column url --out vectors.parquet",),
     ),
 ]  # fmt: skip
 

@@ -129,6 +129,15 @@ def table(figures: list[Figure]) -> str:
     )
 
 
+def table_of(results: dict) -> str:
+    """Return the table of results that were written before."""
+    figures = []
+    for name, told in results["figures"].items():
+        rounds = told["rounds"]
+        figures.append(Figure(name, rounds["other"], rounds["ours"], told["note"], told["by"]))
+    return table(figures)
+
+
 def cpu_name() -> str:
     """Return the model of this machine's CPU."""
     info = Path("/proc/cpuinfo")

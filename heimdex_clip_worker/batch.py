@@ -22,7 +22,7 @@ from .decode import PixelLimits, decode
 from .download import Fetcher, Limits, Policy
 from .embed import Embedder, to_vectors
 from .errors import InferenceFailed, InvalidRequest, StartError
-from .preprocess import one_torch_thread
+from .preprocess import one_torch_thread, torch_threads
 
 # %% auto #0
 __all__ = ['Line', 'Waiting', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher', 'usable_cpus', 'Vector',
@@ -314,7 +314,7 @@ class Pipeline:
         self.pools = {
             "decode": ThreadPoolExecutor(decode_workers, "decode", one_torch_thread),
             "text": ThreadPoolExecutor(1, "text", one_torch_thread),
-            "model": ThreadPoolExecutor(1, "model"),
+            "model": ThreadPoolExecutor(1, "model", torch_threads, (torch.get_num_threads(),)),
         }
         model = partial(Batcher, pool=self.pools["model"], max_batch=max_batch)
         self.images = model(self.computing.image_vectors)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_RATIO', 'LARGE', 'GAP', 'Preparation', 'trim', 'exact', 'to_model', 'draft_size', 'fast', 'one_torch_thread']
+__all__ = ['MAX_RATIO', 'LARGE', 'GAP', 'Preparation', 'trim', 'exact', 'to_model', 'draft_size', 'fast', 'one_torch_thread',
+           'torch_threads']
 
 # %% ../nbs/03c_preprocess.ipynb #preparation
 @dataclass(frozen=True)
@@ -145,3 +146,9 @@ def one_torch_thread() -> None:
         restore = threading.Thread(target=torch.set_num_threads, args=(count,))
         restore.start()
         restore.join()
+
+
+def torch_threads(count: int) -> None:
+    """Let torch use `count` CPUs in this thread: the `initializer` of the model's."""
+    with _default_threads:
+        torch.set_num_threads(count)

@@ -299,7 +299,9 @@ async def kernel(name: str, rounds: int) -> dict:
 async def prepared(plan: Plan, only: Iterable[str], **env: str) -> AsyncIterator[Bench]:
     """Yield a run that has its photographs, their server and its callers."""
     names = [path.name for path in photos.pool(plan.blocks)]
-    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
+    # The SDK's local server hangs up after 5 s of silence: no request may meet that moment.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    timeout = aiohttp.ClientTimeout(total=None)
     with Origin() as origin:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             yield Bench(plan, {*only}, Callers(session, origin.url, names), env)

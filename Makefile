@@ -16,7 +16,7 @@ demo: .venv/.worker ## set up, start the worker here, send it one signed photogr
 	@$(BIN)/python -m heimdex_clip_worker.demo $(ARGS)
 
 test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 smoke: .venv/.dev ## run the smoke-test notebook with papermill against a worker started here
 	@$(BIN)/python tests/smoke.py $(ARGS)

@@ -124,6 +124,7 @@ HEADS = [
     row("endless-status-line", "BAD_RESPONSE", endless(b"HTTP/1.1 200 ", b"a" * 65_536)),
     row("endless-line-breaks", "BAD_RESPONSE", endless(b"", b"\r\n" * 32_768)),
     row("endless-interim-answers", "BAD_RESPONSE", endless(b"", CONTINUE * 2000)),
+    row("seventeen-interim-answers", "BAD_RESPONSE", [CONTINUE * 17 + full()]),
     row("endless-early-hints", "BAD_RESPONSE", endless(b"", HINTS * 1000)),
     row("endless-folded-header", "BAD_RESPONSE", endless(OK + b"X-A: b\r\n", b" c\r\n" * 9999)),
     bad("huge-header", OK, b"X-A: " + b"a" * 1_000_000 + b"\r\n\r\n"),

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .decode import PixelLimits, decode
@@ -287,7 +288,8 @@ class Computing:
 
     def _vectors(self, encode: Callable[[torch.Tensor], torch.Tensor], items) -> list[list[float]]:
         inputs, normalize = zip(*items, strict=True)
-        rows = encode(torch.stack(inputs))  # (N, ...) -> (N, dim)
+        stack = np.stack([one.numpy() for one in inputs])  # torch's waits for threads that decode
+        rows = encode(torch.from_numpy(stack))  # (N, ...) -> (N, dim)
         if tuple(rows.shape) != (len(items), self.embedder.dim):
             raise InferenceFailed(detail=f"rows of shape {tuple(rows.shape)}")
         return to_vectors(rows, list(normalize))

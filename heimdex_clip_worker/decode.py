@@ -227,6 +227,7 @@ def decode(
         size = image.size
         if at_least and image.format == "JPEG":
             image.draft(image.mode, (at_least, at_least))
+        image.decodermaxblock = len(data)  # in one call: each takes Python's lock anew
         image.load()
         if hasattr(image, "_decoder"):  # WebP's and AVIF's keep their canvases
             image._decoder = None

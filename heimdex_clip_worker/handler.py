@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,11 +23,13 @@ from types import ModuleType
 from typing import Any
 
 # %% auto #0
-__all__ = ['log', 'sealed', 'where', 'Door', 'refuse', 'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service',
-           'request_id_of', 'Worker', 'build', 'keys_of', 'limits_of', 'stop_taking_jobs', 'model_problems',
-           'set_up_logging', 'without_cpuinfo', 'age_s', 'check_fitness', 'serve', 'main']
+__all__ = ['log', 'SWITCH_S', 'without_vectors', 'sealed', 'where', 'Door', 'refuse', 'is_fatal', 'guarded', 'embed_item',
+           'embed_items', 'Service', 'request_id_of', 'Worker', 'build', 'keys_of', 'limits_of', 'stop_taking_jobs',
+           'model_problems', 'set_up_logging', 'without_cpuinfo', 'age_s', 'check_fitness', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
+gc.disable()
+
 from .auth import Keyring, verify
 from .batch import Downloads, Pipeline, embed_text, embed_url, usable_cpus
 from heimdex_clip_worker.contract import (
@@ -55,13 +59,27 @@ from .selftest import Selftest, is_selftest
 from .settings import Settings, from_environ
 from .text import TextEmbedder
 
+gc.freeze()
+gc.enable()
+
 log = logging.getLogger("heimdex_clip_worker")
 
 # %% ../nbs/06_handler.ipynb #sealed
+def without_vectors(value: Any) -> Any:
+    """Return `value` with an empty list in place of each list of finite floats."""
+    if type(value) is dict:
+        return {key: without_vectors(part) for key, part in value.items()}
+    if type(value) is not list:
+        return value
+    if set(map(type, value)) == {float} and all(map(math.isfinite, value)):
+        return []
+    return [without_vectors(part) for part in value]
+
+
 def sealed(reply: dict[str, Any]) -> dict[str, Any]:
     """Return `reply` if JSON and UTF-8 can hold it as it is; raise InternalError otherwise."""
     try:
-        json.dumps(reply, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        json.dumps(without_vectors(reply), allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise InternalError(detail=f"reply is not plain: {type(error).__name__}") from error
     return reply
@@ -365,6 +383,9 @@ def check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
     )
 
 # %% ../nbs/06_handler.ipynb #serve
+SWITCH_S = 0.0002  # how long a thread may keep Python's lock while others want it
+
+
 def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> None:
     """Run `worker` under the platform's SDK until it is told to stop."""
     start = time.perf_counter()
@@ -373,6 +394,9 @@ def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> N
         from runpod.serverless.modules.rp_logger import RunPodLogger
 
     spent_s = {**spent_s, "SDK": time.perf_counter() - start}
+    gc.freeze()
+    gc.enable()
+    sys.setswitchinterval(SWITCH_S)
     RunPodLogger().level = {"WARNING": "WARN", "ERROR": "ERROR"}.get(settings.log_level, "INFO")
 
     def secret_is_set() -> None:
@@ -399,6 +423,7 @@ def main() -> None:
         parser.print_help()
         return
     imported, start = age_s(), time.perf_counter()
+    gc.disable()
     try:
         settings = from_environ(checks=[model_problems])
         set_up_logging(settings.log_level)

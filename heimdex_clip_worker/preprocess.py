@@ -66,8 +66,9 @@ def trim(image: Image.Image) -> Image.Image:
 # %% ../nbs/03c_preprocess.ipynb #as-tensor
 def _as_tensor(image: Image.Image) -> torch.Tensor:  # RGB -> (3, H, W) uint8
     """Return the pixels of an image, channels first but still interleaved in memory."""
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3).permute(2, 0, 1)
+    (width, height), flat = image.size, bytearray(image.tobytes())
+    pixels = torch.frombuffer(flat, dtype=torch.uint8)
+    return pixels.as_strided((3, height, width), (1, 3 * width, 3))
 
 # %% ../nbs/03c_preprocess.ipynb #exact
 def exact(

@@ -142,7 +142,8 @@ class Block(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         width, self.heads = shape.width, shape.heads
-        self.activation = {"gelu": F.gelu, "quickgelu": F.silu}[shape.activation]
+        in_place = {"gelu": torch.ops.aten.gelu_, "quickgelu": torch.ops.aten.silu_}
+        self.activation = in_place[shape.activation]
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = Linear(width, width), Linear(width, 2 * width)
         self.out = Linear(width, width)

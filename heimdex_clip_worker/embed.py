@@ -116,7 +116,7 @@ def move(
     return moved
 
 # %% ../nbs/04_embed.ipynb #forward
-CPU_BATCH = 16  # most inputs that go through a tower on a CPU together
+CPU_BATCH = 8  # most inputs that go through a tower on a CPU together
 
 
 def forward(

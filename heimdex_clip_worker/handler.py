@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import logging
@@ -23,9 +24,10 @@ from types import ModuleType
 from typing import Any
 
 # %% auto #0
-__all__ = ['log', 'SWITCH_S', 'without_vectors', 'sealed', 'where', 'Door', 'refuse', 'is_fatal', 'guarded', 'embed_item',
-           'embed_items', 'Service', 'request_id_of', 'Worker', 'build', 'keys_of', 'limits_of', 'stop_taking_jobs',
-           'model_problems', 'set_up_logging', 'without_cpuinfo', 'age_s', 'check_fitness', 'serve', 'main']
+__all__ = ['log', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'SWITCH_S', 'without_vectors', 'sealed', 'where', 'Door', 'refuse',
+           'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service', 'request_id_of', 'Worker', 'build', 'keys_of',
+           'limits_of', 'stop_taking_jobs', 'model_problems', 'set_up_logging', 'without_cpuinfo', 'age_s',
+           'check_fitness', 'keep_little', 'give_back', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
 gc.disable()
@@ -382,6 +384,24 @@ def check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
         told, embedder.precision, embedder.device,
     )
 
+# %% ../nbs/06_handler.ipynb #keep-little
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of mallopt(3)
+
+
+def keep_little() -> None:
+    """Let glibc keep little of the memory that was freed; do nothing with another C library."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 4 * 1024 * 1024)  # bytes
+        libc.mallopt(M_ARENA_MAX, 2)
+
+
+def give_back() -> None:
+    """Let glibc give back what it has kept so far; do nothing with another C library."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
 # %% ../nbs/06_handler.ipynb #serve
 SWITCH_S = 0.0002  # how long a thread may keep Python's lock while others want it
 
@@ -394,6 +414,7 @@ def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> N
         from runpod.serverless.modules.rp_logger import RunPodLogger
 
     spent_s = {**spent_s, "SDK": time.perf_counter() - start}
+    give_back()
     gc.freeze()
     gc.enable()
     sys.setswitchinterval(SWITCH_S)
@@ -424,6 +445,7 @@ def main() -> None:
         return
     imported, start = age_s(), time.perf_counter()
     gc.disable()
+    keep_little()
     try:
         settings = from_environ(checks=[model_problems])
         set_up_logging(settings.log_level)

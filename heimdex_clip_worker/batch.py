@@ -26,8 +26,8 @@ from .errors import InferenceFailed, InvalidRequest, StartError
 from .preprocess import one_torch_thread, torch_threads
 
 # %% auto #0
-__all__ = ['Line', 'Waiting', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher', 'usable_cpus', 'Vector',
-           'Texts', 'Computing', 'Pipeline', 'timings', 'embed_url', 'embed_text']
+__all__ = ['Line', 'Waiting', 'CPU_BATCH', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher',
+           'usable_cpus', 'Vector', 'Texts', 'Computing', 'at_once', 'Pipeline', 'timings', 'embed_url', 'embed_text']
 
 # %% ../nbs/05_batch.ipynb #downloads
 class Downloads:
@@ -293,6 +293,14 @@ class Computing:
         if tuple(rows.shape) != (len(items), self.embedder.dim):
             raise InferenceFailed(detail=f"rows of shape {tuple(rows.shape)}")
         return to_vectors(rows, list(normalize))
+
+# %% ../nbs/05_batch.ipynb #at-once
+CPU_BATCH = 16
+
+
+def at_once(max_batch: int, device: str) -> int:
+    """Return the size of the largest batch for a device; `max_batch` is what the settings allow."""
+    return min(max_batch, CPU_BATCH) if device == "cpu" else max_batch
 
 # %% ../nbs/05_batch.ipynb #pipeline
 class Pipeline:

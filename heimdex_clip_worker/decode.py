@@ -225,9 +225,10 @@ def decode(
     try:
         image = _open(data, limits)
         size = image.size
-        if at_least and image.format == "JPEG":
-            image.draft(image.mode, (at_least, at_least))
-        image.decodermaxblock = len(data)  # in one call: each takes Python's lock anew
+        if image.format == "JPEG":
+            image.decodermaxblock = len(data)  # one call decodes it: each takes Python's lock anew
+            if at_least:
+                image.draft(image.mode, (at_least, at_least))
         image.load()
         if hasattr(image, "_decoder"):  # WebP's and AVIF's keep their canvases
             image._decoder = None

@@ -42,7 +42,7 @@ from .weights import Loaded, check_model, in_one_line, load_model
 log = logging.getLogger("heimdex_clip_worker")
 
 # %% auto #0
-__all__ = ['log', 'MEMORY', 'BROKEN', 'CPU_BATCH', 'FAST', 'pick_device', 'forbid_tf32', 'make_transform', 'short_of_memory',
+__all__ = ['log', 'MEMORY', 'BROKEN', 'FAST', 'pick_device', 'forbid_tf32', 'make_transform', 'short_of_memory',
            'inference_failed', 'copy_stream', 'move', 'forward', 'run_tower', 'to_vectors', 'Parts', 'Embedder',
            'Fitness', 'golden_images', 'warm_up', 'unfit', 'from_disk', 'made_of', 'load', 'from_artifact',
            'through_open_clip', 'check_choice']
@@ -116,24 +116,18 @@ def move(
     return moved
 
 # %% ../nbs/04_embed.ipynb #forward
-CPU_BATCH = 8  # most inputs that go through a tower on a CPU together
-
-
 def forward(
     tower: nn.Module,
     batch: torch.Tensor,  # pixels or tokens, on any device
     device: str | torch.device,  # the tower's
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,  # done on the device
 ) -> torch.Tensor:  # (N, dim) float32, on the CPU
-    """Run the tower once; on a CPU, once for every CPU_BATCH inputs."""
-    made = []
+    """Run the tower once."""
     with torch.inference_mode():
-        for part in batch.split(CPU_BATCH if torch.device(device).type == "cpu" else len(batch)):
-            part = move(part, device)
-            rows = tower(prepare(part) if prepare else part)
-            pooled = rows[0] if isinstance(rows, tuple) else rows  # CoCa adds its tokens
-            made.append(pooled.float().cpu())
-        return torch.cat(made)
+        batch = move(batch, device)
+        rows = tower(prepare(batch) if prepare else batch)
+        pooled = rows[0] if isinstance(rows, tuple) else rows  # CoCa adds its tokens
+        return pooled.float().cpu()
 
 # %% ../nbs/04_embed.ipynb #run-tower
 def run_tower(

@@ -27,13 +27,20 @@ from typing import Any
 __all__ = ['log', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'SWITCH_S', 'without_vectors', 'sealed', 'where', 'Door', 'refuse',
            'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service', 'request_id_of', 'Worker', 'build', 'keys_of',
            'limits_of', 'stop_taking_jobs', 'model_problems', 'set_up_logging', 'without_cpuinfo', 'age_s',
-           'check_fitness', 'keep_little', 'give_back', 'serve', 'main']
+           'keep_little', 'give_back', 'check_fitness', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
 gc.disable()
 
 from .auth import Keyring, verify
-from .batch import Downloads, Pipeline, embed_text, embed_url, usable_cpus
+from heimdex_clip_worker.batch import (
+    Downloads,
+    Pipeline,
+    at_once,
+    embed_text,
+    embed_url,
+    usable_cpus,
+)
 from heimdex_clip_worker.contract import (
     TEXTS,
     UNKNOWN,
@@ -61,6 +68,7 @@ from .selftest import Selftest, is_selftest
 from .settings import Settings, from_environ
 from .text import TextEmbedder
 
+# %% ../nbs/06_handler.ipynb #imported
 gc.freeze()
 gc.enable()
 
@@ -289,7 +297,7 @@ def build(settings: Settings) -> Worker:
         Downloads(*limits_of(settings)),
         PixelLimits(max_pixels=settings.max_image_pixels),
         decode_workers=settings.decode_workers or usable_cpus(),
-        max_batch=settings.max_batch_size,
+        max_batch=at_once(settings.max_batch_size, embedder.device),
         max_bytes_in_flight=settings.max_bytes_in_flight,
         load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),
     )
@@ -369,21 +377,6 @@ def age_s() -> float:
     except (OSError, AttributeError, ValueError, IndexError):
         return time.process_time()
 
-# %% ../nbs/06_handler.ipynb #check-fitness
-def check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
-    """Warm up, and log how that went and how long the start took; raise what `warm_up` raises."""
-    start = time.perf_counter()
-    fitness = embedder.warm_up()
-    steps = {**spent_s, "warm-up": time.perf_counter() - start}
-    told = "no golden answers to compare with"
-    if fitness is not None:
-        told = f"golden answers 1 - cosine {fitness.turned:.1e} <= {fitness.allowed:.1e}"
-    log.info(
-        "Fit to serve after %.2fs (%s): %s, %s on %s",
-        age_s(), ", ".join(f"{step} {seconds:.2f}s" for step, seconds in steps.items()),
-        told, embedder.precision, embedder.device,
-    )
-
 # %% ../nbs/06_handler.ipynb #keep-little
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of mallopt(3)
 
@@ -402,6 +395,22 @@ def give_back() -> None:
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
+# %% ../nbs/06_handler.ipynb #check-fitness
+def check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
+    """Warm up, and log how that went and how long the start took; raise what `warm_up` raises."""
+    start = time.perf_counter()
+    fitness = embedder.warm_up()
+    give_back()
+    steps = {**spent_s, "warm-up": time.perf_counter() - start}
+    told = "no golden answers to compare with"
+    if fitness is not None:
+        told = f"golden answers 1 - cosine {fitness.turned:.1e} <= {fitness.allowed:.1e}"
+    log.info(
+        "Fit to serve after %.2fs (%s): %s, %s on %s",
+        age_s(), ", ".join(f"{step} {seconds:.2f}s" for step, seconds in steps.items()),
+        told, embedder.precision, embedder.device,
+    )
+
 # %% ../nbs/06_handler.ipynb #serve
 SWITCH_S = 0.0002  # how long a thread may keep Python's lock while others want it
 
@@ -414,7 +423,6 @@ def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> N
         from runpod.serverless.modules.rp_logger import RunPodLogger
 
     spent_s = {**spent_s, "SDK": time.perf_counter() - start}
-    give_back()
     gc.freeze()
     gc.enable()
     sys.setswitchinterval(SWITCH_S)

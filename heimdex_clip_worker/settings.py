@@ -248,7 +248,7 @@ SERVICE = {
     ),
     "max_batch_size": Variable(
         "MAX_BATCH_SIZE", number(int, 1, 1024, "images"), "64",
-        "Most images, of all jobs in hand, in one run of the model",
+        "Most images, of all jobs in hand, in one run of the model; on a CPU 16 at most",
     ),
     "decode_workers": Variable(
         "DECODE_WORKERS", number(int, 0, 256, "threads"), "0",

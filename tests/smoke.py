@@ -46,8 +46,10 @@ def checkpoint(activation: str = "auto") -> Path:
     config = [seeded_file().parent / "open_clip_config.json"] if activation == "auto" else []
     for source in (seeded_file(), *config):
         link = folder / ("seeded.safetensors" if source == seeded_file() else source.name)
-        with contextlib.suppress(FileExistsError):
-            link.symlink_to(source)
+        if not link.exists():  # it is not there, or leads to where this folder was before
+            link.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(source)
     return folder / "seeded.safetensors"
 
 

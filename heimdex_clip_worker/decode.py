@@ -226,7 +226,7 @@ def decode(
         image = _open(data, limits)
         size = image.size
         if image.format == "JPEG":
-            image.decodermaxblock = len(data)  # one call decodes it: each takes Python's lock anew
+            image.decodermaxblock = 1_048_576  # bytes a call; each takes Python's lock anew
             if at_least:
                 image.draft(image.mode, (at_least, at_least))
         image.load()

@@ -30,7 +30,8 @@ __all__ = ['log', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'SWITCH_S', 'without_vector
            'keep_little', 'give_back', 'check_fitness', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
-gc.disable()
+if __name__ == "__main__" and "__file__" in globals():  # as a program
+    gc.disable()
 
 from .auth import Keyring, verify
 from heimdex_clip_worker.batch import (
@@ -67,10 +68,6 @@ from heimdex_clip_worker.errors import (
 from .selftest import Selftest, is_selftest
 from .settings import Settings, from_environ
 from .text import TextEmbedder
-
-# %% ../nbs/06_handler.ipynb #imported
-gc.freeze()
-gc.enable()
 
 log = logging.getLogger("heimdex_clip_worker")
 

@@ -572,7 +572,7 @@ def test_a_worker_that_asks_for_it_is_started_anew(local):
     local.until(lambda state: all(w.polls for w in state.workers.values()), 30, "workers are down")
     said = local.runsync({"refresh": True}, wait_s=60)
     pod, pid = said["workerId"], said["output"]["pid"]
-    until(lambda: not alive(pid), 15, "the old process goes on")
+    until(lambda: not alive(pid), 60, "the old process goes on")
     local.until(lambda state: state.workers[pod].polls, 30, "no new process")
     assert not local.platform.workers[pod].unhealthy
 

@@ -172,6 +172,10 @@ def local_server(
         yield worker, url
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256  # with 5, of 64 who dial at once some wait for seconds
+
+
 class PhotoServer:
     """Serves the photographs, and what can be wrong with a download, on a free port of 127.0.0.1.
 
@@ -212,7 +216,7 @@ class PhotoServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = _Server(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()

@@ -449,7 +449,6 @@ def main() -> None:
         parser.print_help()
         return
     imported, start = age_s(), time.perf_counter()
-    gc.disable()
     keep_little()
     try:
         settings = from_environ(checks=[model_problems])

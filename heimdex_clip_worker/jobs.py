@@ -334,16 +334,17 @@ class Platform(Dispatcher):
         self.strays: deque[tuple[str, str]] = deque(maxlen=1000)  # replies to unknown jobs
         self.on_stop_pod: Callable[[str], None] = lambda pod: None
 
-    def put_back(self, job: Job, why: str) -> None:
-        """Queue a job again whose worker is gone; too often, and it is FAILED."""
+    def put_back(self, job: Job, why: str, *, reached: bool = True) -> None:
+        """Queue a job again whose worker is gone, or was never reached; too often: it is FAILED."""
         if job.status != "IN_PROGRESS":
             return
+        job.attempts -= not reached
         if worker := self.workers.get(job.worker or ""):
             worker.jobs.discard(job.id)
         if job.attempts >= self.behaviour.max_attempts:
             self.settle(job, "FAILED", error=f"{why}; {job.attempts} workers have tried")
             return
-        self.counts["retried"] += 1
+        self.counts["retried"] += reached
         job.worker = job.taken_at = None
         self.enqueue(job, first=True)
 
@@ -366,12 +367,14 @@ class Platform(Dispatcher):
 
 # %% ../nbs/11j_jobs.ipynb #jobs-for
 async def jobs_for(platform: Platform, worker: Worker, limit: int) -> list[Job]:
-    """Give a worker jobs, waiting for the first one for as long as a job-take is held."""
+    """Give a worker jobs; wait for the first for as long as a job-take is held and it lives."""
     deadline = time.monotonic() + platform.behaviour.take_hold_s
     while not (jobs := platform.hand_out(worker, limit)):
         if (left := deadline - time.monotonic()) <= 0:
             break
         await platform.changed(min(left, 0.05) if platform.queue else left)
+        if not worker.polls:  # it was lost meanwhile: its connection may not know yet
+            return []
     return jobs
 
 # %% ../nbs/11j_jobs.ipynb #health

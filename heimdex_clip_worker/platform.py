@@ -379,8 +379,7 @@ def hung_up(platform: Platform, pod: str) -> None:
     """Put the jobs back that a worker was to be given, for they did not reach it."""
     for job in reversed(platform.heard(pod).handed):
         if (job.status, job.worker) == ("IN_PROGRESS", pod):
-            job.attempts -= 1
-            platform.put_back(job, "the worker hung up")
+            platform.put_back(job, "the worker hung up", reached=False)
 
 # %% ../nbs/12_platform.ipynb #server
 NEEDS_AIOHTTP = "the local platform needs aiohttp: pip install 'heimdex-clip-worker[worker]'"

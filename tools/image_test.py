@@ -116,10 +116,10 @@ def mounted(image: str) -> Iterator[Path]:
 
 
 def inspect(image: str) -> dict:
-    """Return the configuration that an image carries, and its size in bytes as `size`."""
-    told = json.loads(run("buildah", "inspect", "--type", "image", image))
+    """Return the configuration that an image carries, with its `size` and its `layers`."""
+    told = json.loads(run("buildah", "inspect", "--type", "image", image))["OCIv1"]
     images = json.loads(run("buildah", "images", "--json", image))
-    return told["OCIv1"]["config"] | {"size": images[0]["size"]}
+    return told["config"] | {"size": images[0]["size"], "layers": told["rootfs"]["diff_ids"]}
 
 
 # --- what is inside -----------------------------------------------------------------------------
@@ -364,16 +364,18 @@ def at_work(root: Path, config: dict) -> None:
 
 
 def rebuilt(context: Path, base: str) -> None:
-    """Check that a change of the code reinstalls nothing and bakes nothing."""
+    """Check that a change of the code makes one layer anew, and reinstalls and bakes nothing."""
     handler = context / "heimdex_clip_worker" / "handler.py"
     handler.write_text(handler.read_text() + "\n# changed\n")
     start = time.perf_counter()
     log = build(context, base, IMAGE + "-changed", CLIP_PRETRAINED=CHECKPOINT)
     print(f"  built again after a change of the code: {time.perf_counter() - start:.0f} s")
-    steps = "RUN pip install --quiet -r", "RUN HF_HUB_OFFLINE=1 python -m", "COPY --from=runtime"
-    for step in steps:
+    for step in ("RUN pip install --quiet -r", "RUN HF_HUB_OFFLINE=1 python -m"):
         after = log[log.index(step) :].splitlines()[1:3]
         check(any("Using cache" in line for line in after), f"from the cache: {step}")
+    before, after = (inspect(image)["layers"] for image in (IMAGE, IMAGE + "-changed"))
+    kept = [layer in before for layer in after]
+    check(kept == [*[True] * (len(before) - 1), False], f"only the code's layer is new: {kept}")
 
 
 def refuses_unknown_weights(context: Path, base: str) -> None:

@@ -5,15 +5,17 @@
 # %% ../nbs/03c_preprocess.ipynb #imports
 from __future__ import annotations
 
+import ctypes
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_RATIO', 'LARGE', 'GAP', 'Preparation', 'trim', 'exact', 'to_model', 'draft_size', 'fast', 'one_torch_thread',
-           'torch_threads']
+__all__ = ['MAX_RATIO', 'FEW', 'LARGE', 'GAP', 'Preparation', 'trim', 'exact', 'to_model', 'draft_size', 'fast',
+           'one_torch_thread', 'torch_threads']
 
 # %% ../nbs/03c_preprocess.ipynb #preparation
 @dataclass(frozen=True)
@@ -63,12 +65,37 @@ def trim(image: Image.Image) -> Image.Image:
     wide = (start, 0, start + keep, height)
     return image.crop(wide if width > height else (0, start, width, start + keep))
 
+# %% ../nbs/03c_preprocess.ipynb #arrow
+class _ArrowArray(ctypes.Structure):
+    """The beginning of Arrow's struct of this name: a list of pixels, whose child has the bytes."""
+
+
+_ArrowArray._fields_ = [
+    *[(name, ctypes.c_int64) for name in ("length", "nulls", "offset", "n_buffers", "n_children")],
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
+]
+_prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+_address = _prototype(("PyCapsule_GetPointer", ctypes.pythonapi))
+
+
+def _memory(image: Image.Image) -> Any:  # a buffer of 4 bytes a pixel, row by row
+    """Return where an RGB image has its pixels, or a copy if they are not in one piece."""
+    try:
+        _, capsule = image.__arrow_c_array__()
+    except ValueError:
+        return bytearray(image.tobytes("raw", "RGBX"))
+    child = _ArrowArray.from_address(_address(capsule, b"arrow_array")).children[0].contents
+    memory = (ctypes.c_uint8 * child.length).from_address(child.buffers[1])
+    memory.owner = capsule  # the image's memory lives as long as it
+    return memory
+
 # %% ../nbs/03c_preprocess.ipynb #as-tensor
-def _as_tensor(image: Image.Image) -> torch.Tensor:  # RGB -> (3, H, W) uint8
+def _as_tensor(image: Image.Image) -> torch.Tensor:  # RGB -> (4, H, W) uint8
     """Return the pixels of an image, channels first but still interleaved in memory."""
-    (width, height), flat = image.size, bytearray(image.tobytes())
-    pixels = torch.frombuffer(flat, dtype=torch.uint8)
-    return pixels.as_strided((3, height, width), (1, 3 * width, 3))
+    width, height = image.size
+    pixels = torch.frombuffer(_memory(image), dtype=torch.uint8)
+    return pixels.as_strided((4, height, width), (1, 4 * width, 4))
 
 # %% ../nbs/03c_preprocess.ipynb #exact
 def exact(
@@ -79,9 +106,12 @@ def exact(
     side, image = preparation.size, trim(image)
     image = image.resize(_resized(image.size, side), Image.Resampling.BICUBIC)
     left, top = _middle(image.size, side)
-    return _as_tensor(image.crop((left, top, left + side, top + side))).contiguous()
+    return _as_tensor(image.crop((left, top, left + side, top + side)))[:3].contiguous()
 
 # %% ../nbs/03c_preprocess.ipynb #to-model
+FEW = 4  # images that a CPU makes ready at a time
+
+
 def to_model(
     pixels: torch.Tensor,  # (N, 3, S, S) uint8, on any device
     preparation: Preparation,
@@ -92,7 +122,11 @@ def to_model(
         torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
         for values in (preparation.mean, preparation.std)
     )
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+    ready = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    few = FEW if pixels.device.type == "cpu" else max(1, len(pixels))
+    for some, place in zip(pixels.split(few), ready.split(few), strict=True):
+        place.copy_(some.to(torch.float32).div_(255).sub_(mean).div_(std))
+    return ready
 
 # %% ../nbs/03c_preprocess.ipynb #draft-size
 def draft_size(preparation: Preparation) -> int:
@@ -109,7 +143,7 @@ def _original(image: Image.Image) -> tuple[tuple[int, int], tuple[float, float]]
     return size, (size[0] / scale, size[1] / scale)
 
 # %% ../nbs/03c_preprocess.ipynb #fast
-LARGE = 8_000_000  # pixels; beyond, six bytes of copies for each are too many
+LARGE = 8_000_000  # pixels; beyond, eight bytes of copies for each are too many
 GAP = 4  # how many times the target an image may be reduced to
 
 
@@ -125,12 +159,12 @@ def fast(
     if image.width * image.height > LARGE:
         box, bicubic = (0, 0, *covers), Image.Resampling.BICUBIC
         image = image.resize((width, height), bicubic, box, reducing_gap=GAP)
-        return _as_tensor(image.crop((left, top, left + side, top + side))).contiguous()
+        return _as_tensor(image.crop((left, top, left + side, top + side)))[:3].contiguous()
     factors = tuple((n + 1e-6) / m for n, m in ((height, covers[1]), (width, covers[0])))
     whole = torch.nn.functional.interpolate(
         _as_tensor(image)[None], scale_factor=factors, mode="bicubic", antialias=True
     )
-    return whole[0, :, top : top + side, left : left + side].contiguous()
+    return whole[0, :3, top : top + side, left : left + side].contiguous()
 
 # %% ../nbs/03c_preprocess.ipynb #one-torch-thread
 _default_threads = threading.Lock()

@@ -95,16 +95,19 @@ def _segments(data: bytes):
 
 def _strip_jpeg(data: bytes) -> tuple[bytes, int, float]:  # the JPEG, scans, samples a pixel
     """Return a JPEG without its metadata; raise ImageLimits, UnsupportedFormat."""
-    kept, scans, samples = [data[:2]], 0, 0.0
+    kept, scans, samples, alone = [data[:2]], 0, 0.0, 0
     for marker, start, end in _segments(data):
         if marker in _OTHER_FRAMES:
             raise UnsupportedFormat(detail=f"JPEG with frame marker {marker:02x}")
         if marker in _FRAMES and not samples:
             sides = [(b >> 4) * (b & 15) for b in data[start + 11 : end : 3]]
             samples = sum(sides) / max(sides)
+            alone = len(sides) if marker != 0xC2 else 0  # components of a scan that has them all
         if marker == 0xDA:
             scans += 1
             kept += [data[start:]] if scans == 1 else []
+            if scans == 1 and data[start + 4] == alone:
+                break
         elif not scans and marker in _NEEDED:
             kept.append(data[start:end])
     return b"".join(kept), scans, samples

@@ -426,7 +426,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     if endless and response.url.scheme == "https":
         raise BadResponse(detail="https without a length: anybody on the way could cut it short")
     body = _Body(_coding(response.headers), max_bytes)
-    async for chunk in response.content.iter_chunked(65_536):
+    async for chunk in response.content.iter_any():
         body.add(chunk)
     if endless and response.was_cut():
         raise FetchFailed(detail="cut off")  # only its end tells where such a body ends

@@ -212,6 +212,11 @@ def progressive(
     return jpeg(size, scans, sampling=(0x11,) * components, tables=tables)
 
 
+def behind_the_scan(part: bytes) -> bytes:
+    """Return a baseline JPEG that goes on after its pixels."""
+    return baseline((64, 48))[:-2] + part + b"\xff\xd9"
+
+
 def scan_bomb(scans: int, size: tuple[int, int] = (64, 48)) -> bytes:
     """Return a progressive JPEG of so many scans."""
     return progressive(size, scans - 2)

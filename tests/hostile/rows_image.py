@@ -374,6 +374,15 @@ LIMITED = [
     ),
     limited("avif-100000-boxes", lambda: im.ordinary("AVIF")[:32] + b"\0\0\0\x08free" * 100_000),
     good("jpeg-100-scans", lambda: im.scan_bomb(100)),
+    *[
+        kind(f"jpeg-{name}-behind-its-only-scan", lambda part=part: im.behind_the_scan(part))
+        for kind, name, part in (
+            (good, "2-million-comments", b"\xff\xfe\0\2" * 2_000_000),
+            (good, "300000-tables", im.table(0x00, [0]) * 300_000),
+            (damaged, "600000-scans", im.segment(0xDA, b"\1\1\0\0\x3f\0") * 600_000),
+            (damaged, "2-million-frames", im.segment(0xC2, b"") * 2_000_000),
+        )
+    ],
 ]
 
 FILES = Path(__file__).with_name("files")

@@ -23,7 +23,7 @@ import aiohttp
 
 from benchmarks import ROOT, photos, workers
 from benchmarks.figures import GOALS, Figure, file_stem, machine, table, write
-from benchmarks.load import BenchmarkFailed, Callers, Run, Seen, many, output_of
+from benchmarks.load import BenchmarkFailed, Callers, Run, Seen, output_of, signed
 from benchmarks.origin import Origin
 from benchmarks.workers import OURS, PLAIN, STANDIN, PeakMemory, Worker
 
@@ -69,6 +69,7 @@ class Load:
     callers: int
     images: int  # in a job of ours; plain gets one in each
     delay_ms: int  # of the origin
+    encoding: str = "base64"  # of our answers: what our client asks for; plain knows only floats
 
 
 LOADS = {
@@ -77,7 +78,11 @@ LOADS = {
     "singles-100ms": Load(64, 1, 100),
     "batches-100ms": Load(4, 32, 100),
 }
-STANDIN_LOADS = {"fast-0ms": Load(64, 1, 0), "fast-50ms": Load(64, 1, 50)}
+STANDIN_LOADS = {
+    "fast-0ms": Load(64, 1, 0),
+    "fast-50ms": Load(64, 1, 50),
+    "fast-floats": Load(64, 1, 0, "float"),
+}
 UNDER_LOAD = {*LOADS, "memory", "lone", "json"}  # what the two workers in production are for
 
 
@@ -161,7 +166,13 @@ class Bench:
         await asyncio.sleep(0.3)
         images = load.images if worker.kind == OURS else 1
         return await self.callers.drive(
-            worker, seen, jobs=jobs, callers=load.callers, images=images, delay_ms=load.delay_ms
+            worker,
+            seen,
+            jobs=jobs,
+            callers=load.callers,
+            images=images,
+            delay_ms=load.delay_ms,
+            encoding=load.encoding,
         )
 
     def keep_curve(self, kind: str, callers: int, run: Run) -> None:
@@ -193,7 +204,7 @@ class Bench:
         urls = [f"{self.callers.origin}/0/{name}" for name in (self.callers.names * 2)[:32]]
         sizes = []
         for encoding in ("float", "base64"):
-            body = await self.callers.post(ours, many(urls, encoding, encoding))
+            body = await self.callers.post(ours, signed(urls, encoding, encoding))
             sizes.append(float(len(json.dumps(output_of(body)))))
         self.figure("json", "a job of 32 images, the whole answer").add(*sizes)
 

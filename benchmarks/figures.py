@@ -48,6 +48,7 @@ GOALS = {
     "batches-100ms": Goal("the second, origin answers after 100 ms", "images/s", 35),
     "fast-0ms": Goal("fast-accelerator stand-in, local server", "images/s", 6),
     "fast-50ms": Goal("the same, origin answers after 50 ms", "images/s", 18),
+    "fast-floats": Goal("fast-accelerator stand-in, vectors as floats", "images/s"),
     "lone": Goal("p50 of a lone request, idle worker", "s", 1, at_least=False),
     "start": Goal("process start to first answer", "s", 0.35, at_least=False),
     "memory": Goal("peak RSS under load, images only", "MB", 0.6, at_least=False),

@@ -31,15 +31,16 @@ class BenchmarkFailed(Exception):
 
 
 def single(url: str, request_id: str) -> dict:
-    """Return the input of a job of one image, signed now, version 1."""
+    """Return the input of a job of one image, signed now, version 1, which plain knows too."""
     auth = sign(url, secret=SECRET, ts=int(time.time()))
     return {"image_url": url, "request_id": request_id, "auth": auth}
 
 
-def many(urls: list[str], request_id: str, encoding: str = "base64") -> dict:
-    """Return the input of a job of several images, signed now, version 2."""
+def signed(urls: list[str], request_id: str, encoding: str) -> dict:
+    """Return the input of a job of one image or several, signed now as our client does it."""
     images = [{"image_url": url, "request_id": f"{request_id}.{i}"} for i, url in enumerate(urls)]
-    job = {"images": images, "request_id": request_id, "encoding_format": encoding}
+    asked = {"images": images} if len(urls) > 1 else {"image_url": urls[0]}
+    job = {**asked, "request_id": request_id, "encoding_format": encoding}
     now, audience = int(time.time()), "heimdex-clip"
     auth = sign_v2(
         job, kid="v1", secret=SECRET, audience=audience, ts=now, exp=now + 600, nonce=new_nonce()
@@ -176,7 +177,7 @@ class Callers:
         callers: int,
         images: int = 1,  # in a job
         delay_ms: int = 0,  # of the origin
-        encoding: str = "base64",  # of jobs of several images
+        encoding: str = "base64",  # of our answers; plain knows only floats
     ) -> Run:
         """Send `jobs` jobs, `callers` at a time, and check every answer; raise BenchmarkFailed."""
         turn, answers = self.turns[worker.kind], []
@@ -186,7 +187,8 @@ class Callers:
             for names in lots:
                 urls = [f"{self.origin}/{delay_ms}/{name}" for name in names]
                 name = f"job-{next(self._numbers)}"
-                job = single(urls[0], name) if images == 1 else many(urls, name, encoding)
+                ours = worker.kind == OURS
+                job = signed(urls, name, encoding) if ours else single(urls[0], name)
                 sent = time.perf_counter()
                 body = await self.post(worker, job)
                 answers.append((name, names, body, time.perf_counter() - sent))

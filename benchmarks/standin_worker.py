@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 import time
 
+import numpy as np
+
 SLEEP_S = 0.003  # a batch, whatever its size
 DIM = 512
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
@@ -21,10 +23,12 @@ def sampled(pixels):  # (N, 3, S, S) uint8, or float32 as open_clip prepares it 
 
     time.sleep(SLEEP_S)
     flat = pixels.reshape(len(pixels), -1)
-    at = torch.arange(DIM) * (flat.shape[1] // DIM)  # spread over the three colours
-    values, colour = flat[:, at].float(), at // (flat.shape[1] // 3)
+    step = flat.shape[1] // DIM  # spread over the three colours
+    values = flat[:, : DIM * step : step].float()  # no indexing: its threads spin afterwards
     if pixels.dtype == torch.uint8:
-        values = (values / 255 - torch.tensor(MEAN)[colour]) / torch.tensor(STD)[colour]
+        colour = np.arange(DIM) * step // (flat.shape[1] // 3)
+        mean, std = (torch.from_numpy(np.float32(of)[colour]) for of in (MEAN, STD))
+        values = (values / 255 - mean) / std
     return values
 
 

@@ -129,11 +129,7 @@ class Bench:
             await self.ready(plain, ours)
             loads = self.wanted(LOADS) or (["singles"] if "memory" in self.only else [])
             for number in range(self.plan.rounds if loads else 0):
-                peaks = [await self.loaded(name, number, plain, ours) for name in loads]
-                if "memory" in self.only:
-                    note = "the worker and what its heartbeat adds, sampled every 0.2 s under load"
-                    worst = [max(side) / 1e6 for side in zip(*peaks, strict=True)]
-                    self.figure("memory", note, by="max").add(*worst)
+                await self.round(number, loads, plain, ours)
             if "lone" in self.only:
                 await self.lone(plain, ours)
             if "json" in self.only:
@@ -143,23 +139,34 @@ class Bench:
             await self.callers.complete(plain, self.seen)
             await self.callers.complete(ours, self.seen)
 
-    async def loaded(
-        self, name: str, number: int, plain: Worker, ours: Worker
-    ) -> tuple[int, int]:  # peaks of memory, bytes
-        """Measure one round of one load; the other worker idles meanwhile."""
-        load, plan = LOADS[name], self.plan
-        jobs = plan.single_jobs if load.images == 1 else plan.batch_jobs
-        with PeakMemory(plain) as plain_memory:
-            other = await self.drive(plain, self.seen, load, plan.plain_jobs)
-        with PeakMemory(ours) as our_memory:
-            mine = await self.drive(ours, self.seen, load, jobs)
-        note = f"a round: plain {plan.plain_jobs} jobs, ours {jobs} of {load.images}"
-        self.figure(name, note).add(other.rate, mine.rate)
-        self.say(f"round {number + 1}, {name}: plain {other.rate:.2f}, ours {mine.rate:.1f} /s")
-        if name == "singles":
-            self.keep_curve(PLAIN, load.callers, other)
-            self.keep_curve(OURS, load.callers, mine)
-        return plain_memory.peak, our_memory.peak
+    async def round(self, number: int, loads: list[str], plain: Worker, ours: Worker) -> None:
+        """Measure one round of every load, one worker while the other idles.
+
+        Jobs of one image and of many are the same to plain, which gets one image in each; its
+        rate is the loop's. It is measured once for each delay of the origin.
+        """
+        others: dict[int, Run] = {}  # by delay
+        plan, most = self.plan, [0, 0]  # memory of both, bytes
+        for name in loads:
+            load = LOADS[name]
+            jobs = plan.single_jobs if load.images == 1 else plan.batch_jobs
+            with PeakMemory(plain) as other_peak:
+                if load.delay_ms not in others:
+                    run = await self.drive(plain, self.seen, load, plan.plain_jobs)
+                    others[load.delay_ms] = run
+            with PeakMemory(ours) as peak:
+                mine = await self.drive(ours, self.seen, load, jobs)
+            other = others[load.delay_ms]
+            most = [max(most[0], other_peak.peak), max(most[1], peak.peak)]
+            note = f"a round: plain {plan.plain_jobs} jobs, ours {jobs} of {load.images}"
+            self.figure(name, note).add(other.rate, mine.rate)
+            self.say(f"round {number + 1}, {name}: plain {other.rate:.2f}, ours {mine.rate:.1f} /s")
+            if name == "singles":
+                self.keep_curve(PLAIN, load.callers, other)
+                self.keep_curve(OURS, load.callers, mine)
+        if "memory" in self.only:
+            note = "the worker and what its heartbeat adds, sampled every 0.2 s under load"
+            self.figure("memory", note, by="max").add(*[peak / 1e6 for peak in most])
 
     async def drive(self, worker: Worker, seen: Seen, load: Load, jobs: int) -> Run:
         """Run a load once the machine is quiet again; plain gets one image in each job."""

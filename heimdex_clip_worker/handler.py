@@ -25,9 +25,9 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['log', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'SWITCH_S', 'without_vectors', 'sealed', 'where', 'Door', 'refuse',
-           'is_fatal', 'guarded', 'lines_of', 'embed_item', 'embed_items', 'Service', 'request_id_of', 'Worker',
-           'build', 'keys_of', 'limits_of', 'stop_taking_jobs', 'model_problems', 'EachLine', 'set_up_logging',
-           'without_cpuinfo', 'age_s', 'keep_little', 'give_back', 'check_fitness', 'serve', 'main']
+           'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service', 'request_id_of', 'Worker', 'build', 'keys_of',
+           'limits_of', 'stop_taking_jobs', 'model_problems', 'set_up_logging', 'without_cpuinfo', 'age_s',
+           'keep_little', 'give_back', 'check_fitness', 'serve', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
 if __name__ == "__main__" and "__file__" in globals():  # as a program
@@ -37,7 +37,6 @@ from .auth import Keyring, verify
 from heimdex_clip_worker.batch import (
     Downloads,
     Pipeline,
-    Vector,
     at_once,
     embed_text,
     embed_url,
@@ -70,7 +69,6 @@ from .selftest import Selftest, is_selftest
 from .settings import Settings, from_environ
 from .text import TextEmbedder
 
-# %% ../nbs/06_handler.ipynb #log
 log = logging.getLogger("heimdex_clip_worker")
 
 # %% ../nbs/06_handler.ipynb #sealed
@@ -155,17 +153,6 @@ async def guarded(
         known = isinstance(error, WorkerError)
         return refuse(error if known else InternalError(detail=where(error)), request_id)
 
-# %% ../nbs/06_handler.ipynb #lines-of
-def lines_of(item: Item, vector: Vector) -> str:
-    """Return what the log says of an item that has its vector."""
-    size, dim = vector.size, len(vector.values)
-    lines = [f"Image downloaded successfully: {size}"] if size else []
-    lines.append(f"Generated embedding with {dim} dimensions")
-    names = ("total", "download", "inference")
-    total, download, inference = (f"{vector.timings[n + '_ms'] / 1e3:.3f}s" for n in names)
-    took = f"{total} (download: {download}, inference: {inference})"
-    return "\n".join([*lines, f"Request {item.request_id} completed in {took}"])
-
 # %% ../nbs/06_handler.ipynb #embed-item
 async def embed_item(
     pipeline: Pipeline,
@@ -176,11 +163,24 @@ async def embed_item(
     """Return the result for one item; raise WorkerError subclasses."""
     if item.fault:
         raise item.fault
+    level = logging.DEBUG if request.many else logging.INFO
     embed = embed_text if request.form in TEXTS else partial(embed_url, job=id(request))
     vector = await embed(pipeline, item.source, item.normalize)
-    level = logging.DEBUG if request.many else logging.INFO
-    if log.isEnabledFor(level):
-        log.log(level, "%s", lines_of(item, vector))
+    if vector.size:
+        log.log(level, "Image downloaded successfully: %s", vector.size)
+    log.log(level, "Generated embedding with %d dimensions", len(vector.values))
+    spent = {
+        name: f"{vector.timings[name + '_ms'] / 1e3:.3f}"
+        for name in ("download", "inference", "total")
+    }
+    log.log(
+        level,
+        "Request %s completed in %ss (download: %ss, inference: %ss)",
+        item.request_id,
+        spent["total"],
+        spent["download"],
+        spent["inference"],
+    )
     return success_reply(
         item,
         vector.values,
@@ -342,19 +342,10 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     return check_choice(*[values[name] for name in needed], **options)
 
 # %% ../nbs/06_handler.ipynb #set-up-logging
-class EachLine(logging.Formatter):
-    """Writes a record as lines of `[INFO] text`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record with its level before each of its lines."""
-        before = f"[{record.levelname}] "
-        return before + super().format(record).replace("\n", "\n" + before)
-
-
 def set_up_logging(level: str) -> None:
     """Send this package's log lines to stderr as `[INFO] text`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(EachLine())
+    handler.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(level)
 

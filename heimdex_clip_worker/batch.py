@@ -312,7 +312,7 @@ class Pipeline:
         downloads: Downloads,
         limits: PixelLimits,
         *,
-        decode_workers: int,  # threads that decode; one per CPU
+        decode_workers: int,  # threads that decode; one more than CPUs
         max_batch: int = 64,  # most images, or texts, in one run of the model
         max_bytes_in_flight: int = 64 * 10_485_760,  # of images downloaded and not yet embedded
         load_text: Callable[[], Any] | None = None,  # -> TextEmbedder; None: no texts

@@ -293,7 +293,7 @@ def build(settings: Settings) -> Worker:
         embedder,
         Downloads(*limits_of(settings)),
         PixelLimits(max_pixels=settings.max_image_pixels),
-        decode_workers=settings.decode_workers or usable_cpus(),
+        decode_workers=settings.decode_workers or usable_cpus() + 1,  # one waits for the lock
         max_batch=at_once(settings.max_batch_size, embedder.device),
         max_bytes_in_flight=settings.max_bytes_in_flight,
         load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),

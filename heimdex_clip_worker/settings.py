@@ -252,7 +252,7 @@ SERVICE = {
     ),
     "decode_workers": Variable(
         "DECODE_WORKERS", number(int, 0, 256, "threads"), "0",
-        "Threads that decode images; 0: one for each CPU this process may use",
+        "Threads that decode images; 0: one more than the CPUs this process may use",
     ),
     "max_bytes_in_flight": Variable(
         "MAX_BYTES_IN_FLIGHT", number(int, 1, 1 << 36, "bytes"), "671088640",

@@ -23,6 +23,10 @@ from typing import Any
 import pytest
 from _pytest.assertion.rewrite import rewrite_asserts
 
+# Tests run side by side. OpenMP's threads would spin while they wait, each on a CPU that another
+# test needs: a third more time. It reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 FLAGS = {
     "gpu": "needs a GPU; run with --gpu",
     "weights": "needs the real checkpoint; run with --weights",

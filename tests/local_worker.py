@@ -26,6 +26,7 @@ _KEPT = (
     "LANG",
     "LC_ALL",
     "TMPDIR",
+    "OMP_WAIT_POLICY",  # set where workers run side by side
     "LD_LIBRARY_PATH",
     "SSL_CERT_FILE",
     "COVERAGE_PROCESS_START",

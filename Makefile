@@ -30,7 +30,7 @@ fuzz: .venv/.dev ## decode a million mutated images; only declared errors may co
 guards: .venv/.dev ## take each guard out in turn and see which test notices
 	@$(BIN)/python tests/hostile/remove_guards.py $(ARGS)
 
-bench: .venv/.dev ## measure against a plain worker (about 5 minutes)
+bench: .venv/.dev ## measure against a plain worker (7 to 8 minutes)
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 10 to 30 minutes)

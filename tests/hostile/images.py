@@ -212,6 +212,14 @@ def progressive(
     return jpeg(size, scans, sampling=(0x11,) * components, tables=tables)
 
 
+def apart(scans: int) -> bytes:
+    """Return a baseline JPEG whose components have scans of their own, so many in all."""
+    tables = table(0x00, [0]) + table(0x10, [0x01, 0x00])
+    data = coded(CODES[0] + CODES[1], blocks_of((64, 48)))
+    each = [((i % 3,), (0, 63, 0, 0), data) for i in range(scans)]
+    return jpeg((64, 48), each, frame=0xC0, tables=tables)
+
+
 def behind_the_scan(part: bytes) -> bytes:
     """Return a baseline JPEG that goes on after its pixels."""
     return baseline((64, 48))[:-2] + part + b"\xff\xd9"

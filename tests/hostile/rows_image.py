@@ -359,6 +359,8 @@ LIMITED = [
     limited("gif-frame-far-off", lambda: im.gif((10, 10), (60_000, 60_000, 9, 9), im.lzw(81))),
     limited("gif-frame-wider-than-its-screen", lambda: im.gif((10, 10), (0, 0, 20_000, 8), b"")),
     limited("jpeg-101-scans", lambda: im.scan_bomb(101)),
+    limited("jpeg-101-scans-of-a-baseline", lambda: im.apart(101)),
+    good("jpeg-3-scans-of-a-baseline", lambda: im.apart(3)),
     limited("jpeg-60000-scans", lambda: im.scan_bomb(60_000, (8, 8))),
     limited("jpeg-30-scans-of-40-megapixels", lambda: im.scan_bomb(30, (8192, 4880))),
     limited(

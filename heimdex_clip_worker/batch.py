@@ -26,7 +26,7 @@ from .errors import InferenceFailed, InvalidRequest, StartError
 from .preprocess import one_torch_thread, torch_threads
 
 # %% auto #0
-__all__ = ['Line', 'Waiting', 'CPU_BATCH', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher',
+__all__ = ['Line', 'Waiting', 'CPU_BATCH', 'BATCHES', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher',
            'usable_cpus', 'Vector', 'Texts', 'Computing', 'at_once', 'Pipeline', 'timings', 'embed_url', 'embed_text']
 
 # %% ../nbs/05_batch.ipynb #downloads
@@ -303,6 +303,9 @@ def at_once(max_batch: int, device: str) -> int:
     return min(max_batch, CPU_BATCH) if device == "cpu" else max_batch
 
 # %% ../nbs/05_batch.ipynb #pipeline
+BATCHES = 4  # as many as there may be images in hand, from the download to the vector
+
+
 class Pipeline:
     """URL or text in, vector out; waits on the event loop, computes in threads."""
 
@@ -319,6 +322,7 @@ class Pipeline:
     ):
         self.embedder, self.downloads = embedder, downloads
         self.budget, self.texts = Budget(max_bytes_in_flight), Texts(load_text)
+        self.least = max_bytes_in_flight // (BATCHES * max_batch)  # what an image counts as
         self.turns = Budget(4 * decode_workers)  # at the threads that decode; two for each and job
         self.computing = Computing(embedder, limits, self.texts)
         self.pools = {
@@ -364,15 +368,15 @@ async def embed_url(
 ) -> Vector:
     """Return the vector of the image behind `url`; raise WorkerError subclasses only."""
     start = time.perf_counter()
-    most = pipeline.downloads.limits.max_bytes
-    async with Hold(pipeline.budget, most, job) as held:
+    least, most = pipeline.least, pipeline.downloads.limits.max_bytes
+    async with Hold(pipeline.budget, max(least, most), job) as held:
         data = await pipeline.downloads.fetch(url)
-        held.shrink_to(len(data))
+        held.shrink_to(max(least, len(data)))
         work = pipeline.computing.pixels
         async with Hold(pipeline.turns, 1, job):
             size, pixels, decode_s = await in_thread(pipeline.pools["decode"], work, data)
         del data
-        held.shrink_to(pixels.nbytes)
+        held.shrink_to(max(least, pixels.nbytes))
         ready = time.perf_counter()
         values, began = await pipeline.images.submit((pixels, normalize))
     return Vector(values, timings(start, ready, began, decode_s), size)

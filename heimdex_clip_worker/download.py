@@ -335,29 +335,38 @@ def _too_large(size: int | None, max_bytes: int) -> ImageTooLarge:
     return ImageTooLarge(f"Image too large ({size:,} bytes > {max_bytes:,} allowed)")
 
 # %% ../nbs/03_download.ipynb #gunzip
+_PART = 65_536  # bytes: how many of a body's are collected before they are put aside
+
+
 class _Body:
     """Collects a body and keeps it under a limit."""
 
     def __init__(self, coding: str, max_bytes: int):
         self._gzip = zlib.decompressobj(wbits=31) if coding else None
-        self._data, self._wire, self._max = bytearray(), 0, max_bytes
+        self._parts, self._part = [], bytearray()
+        self._size, self._wire, self._max = 0, 0, max_bytes  # size: of all parts
 
     def add(self, chunk: bytes) -> None:
         """Take a chunk off the wire; raise ImageTooLarge, BadResponse."""
         self._wire += len(chunk)
         try:
-            room = self._max + 1 - len(self._data)
-            self._data += self._gzip.decompress(chunk, room) if self._gzip else chunk
+            room = self._max + 1 - self._size
+            data = self._gzip.decompress(chunk, room) if self._gzip else chunk
         except zlib.error as error:
             raise BadResponse(detail="damaged gzip") from error
-        if max(self._wire, len(self._data)) > self._max:
+        self._size += len(data)
+        if max(self._wire, self._size) > self._max:
             raise _too_large(None, self._max)
+        self._part += data
+        if len(self._part) >= _PART:
+            self._parts.append(self._part)
+            self._part = bytearray()
 
     def end(self) -> bytes:
         """Return the whole body; raise BadResponse for gzip that is short or goes on."""
         if self._gzip and (not self._gzip.eof or self._gzip.unused_data):
             raise BadResponse(detail="gzip that is cut short, or followed by more")
-        return bytes(self._data)
+        return b"".join([*self._parts, self._part])
 
 # %% ../nbs/03_download.ipynb #next-target
 REDIRECTS = (301, 302, 303, 307, 308)

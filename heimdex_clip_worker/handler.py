@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -27,7 +28,7 @@ from typing import Any
 __all__ = ['log', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'SWITCH_S', 'without_vectors', 'sealed', 'where', 'Door', 'refuse',
            'is_fatal', 'guarded', 'embed_item', 'embed_items', 'Service', 'request_id_of', 'Worker', 'build', 'keys_of',
            'limits_of', 'stop_taking_jobs', 'model_problems', 'set_up_logging', 'without_cpuinfo', 'age_s',
-           'keep_little', 'give_back', 'check_fitness', 'serve', 'main']
+           'keep_little', 'give_back', 'check_fitness', 'serve', 'import_sdk', 'load', 'main']
 
 # %% ../nbs/06_handler.ipynb #our-imports
 if __name__ == "__main__" and "__file__" in globals():  # as a program
@@ -409,20 +410,13 @@ def check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
     )
 
 # %% ../nbs/06_handler.ipynb #serve
-SWITCH_S = 0.0002  # how long a thread may keep Python's lock while others want it
-
-
 def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> None:
     """Run `worker` under the platform's SDK until it is told to stop."""
-    start = time.perf_counter()
-    with without_cpuinfo():
-        import runpod
-        from runpod.serverless.modules.rp_logger import RunPodLogger
+    import runpod
+    from runpod.serverless.modules.rp_logger import RunPodLogger
 
-    spent_s = {**spent_s, "SDK": time.perf_counter() - start}
     gc.freeze()
     gc.enable()
-    sys.setswitchinterval(SWITCH_S)
     RunPodLogger().level = {"WARNING": "WARN", "ERROR": "ERROR"}.get(settings.log_level, "INFO")
 
     def secret_is_set() -> None:
@@ -440,6 +434,29 @@ def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> N
     })
 
 # %% ../nbs/06_handler.ipynb #main
+SWITCH_S = 0.0002  # how long a thread may keep Python's lock while others want it
+
+
+def import_sdk() -> None:
+    """Import the platform's SDK, so that it is there when it is needed."""
+    with without_cpuinfo():
+        import runpod  # noqa: F401
+
+
+def load(settings: Settings) -> Worker:
+    """Return a worker, and log that it is loaded; raise ModelError."""
+    start = time.perf_counter()
+    log.info("Loading %s (%s)", settings.model_name, settings.pretrained)
+    worker = build(settings)
+    embedder = worker.service.pipeline.embedder
+    log.info(
+        "Loaded %s (%s, %s) on %s in %.1fs",
+        embedder.model_name, embedder.pretrained, embedder.activation, embedder.device,
+        time.perf_counter() - start,
+    )
+    return worker
+
+
 def main() -> None:
     """Start the worker; exit with status 1 and one clear line for each problem when it cannot."""
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -450,21 +467,21 @@ def main() -> None:
         return
     imported, start = age_s(), time.perf_counter()
     keep_little()
+    sys.setswitchinterval(SWITCH_S)
     try:
         settings = from_environ(checks=[model_problems])
         set_up_logging(settings.log_level)
-        log.info("Loading %s (%s)", settings.model_name, settings.pretrained)
-        worker = build(settings)
+        with ThreadPoolExecutor(1) as beside:
+            sdk = beside.submit(import_sdk)
+            worker = load(settings)
+            loaded = time.perf_counter() - start
     except StartError as error:
         for problem in str(error).splitlines():
             print(f"[ERROR] Cannot start: {problem}", file=sys.stderr)
         raise SystemExit(1) from None
-    embedder, loaded = worker.service.pipeline.embedder, time.perf_counter() - start
-    log.info(
-        "Loaded %s (%s, %s) on %s in %.1fs",
-        embedder.model_name, embedder.pretrained, embedder.activation, embedder.device, loaded,
-    )
-    serve(worker, settings, {"import": imported, "load": loaded})
+    sdk.result()
+    waited = time.perf_counter() - start - loaded
+    serve(worker, settings, {"import": imported, "load": loaded, "SDK": waited})
 
 # %% ../nbs/06_handler.ipynb #as-a-program
 if __name__ == "__main__" and "__file__" in globals():

@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -418,3 +419,15 @@ def test_a_url_is_checked_before_anything_is_looked_up(url):
     assert run(url, resolve=never)[0][0].code == "INVALID_URL"
     with pytest.raises(DownloadError):
         check_url(url, Policy())
+
+
+def test_a_body_in_tiny_chunks_takes_little_more_than_its_own_length():
+    body = download._Body("", max_bytes=1 << 20)
+    tracemalloc.start()
+    for i in range(200_000):
+        body.add(bytes([i & 255, i >> 16]))
+    whole = body.end()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert whole == b"".join(bytes([i & 255, i >> 16]) for i in range(200_000))
+    assert peak < 3 * len(whole), peak

@@ -117,8 +117,13 @@ DOWNLOAD = [
     ),
     (
         "bytes on the wire and unpacked",
-        "if max(self._wire, len(self._data)) > self._max:",
+        "if max(self._wire, self._size) > self._max:",
         "if False:",
+    ),
+    (
+        "tiny chunks are put together",
+        "if len(self._part) >= _PART:",
+        "if True:",
     ),
     (
         "gzip ends where it should",
@@ -224,6 +229,7 @@ BATCH = [
         "        if False and tuple(rows.shape) !=",
     ),
     ("bytes in flight", "line[0][0] <= self.free and ", ""),
+    ("images in hand", "max_bytes_in_flight // (BATCHES * max_batch)", "0"),
     ("no job takes it all", " and self._held[job] < self.free:", ":"),
     (
         "no job has all the threads",

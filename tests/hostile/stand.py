@@ -86,6 +86,7 @@ def make_worker(
     on_fatal: Callable[[], None] = lambda: None,
     limits: PixelLimits | None = None,
     selftest: bool = True,
+    max_batch: int = 64,
 ) -> Worker:
     """Return a worker whose clock stands at the kit's time."""
     pipeline = Pipeline(
@@ -93,6 +94,7 @@ def make_worker(
         downloads,
         limits or PixelLimits(),
         decode_workers=os.cpu_count() or 1,
+        max_batch=max_batch,
         load_text=FakeText.load,
     )
     door = Door(keyring(kit), clock=lambda: kit.now + 0.25)

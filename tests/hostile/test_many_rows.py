@@ -139,6 +139,38 @@ def test_no_more_is_downloaded_at_once_than_memory_is_meant_for():
     assert downloads.asked == 512 and downloads.most <= 64
 
 
+class Ahead(stand.Canned):
+    """Counts the images in hand: asked for, and not yet through the model."""
+
+    embedded = most = 0
+
+    async def fetch(self, url: str) -> bytes:
+        data = await super().fetch(url)
+        self.most = max(self.most, self.asked - self.embedded)
+        return data
+
+
+def test_few_images_lie_ready_for_a_slow_model():
+    downloads, embedder = Ahead(stand.photo()), FakeEmbedder.load("ViT-B-32")
+    encode = embedder.encode
+
+    def slow(pixels):
+        time.sleep(0.05)
+        downloads.embedded += len(pixels)
+        return encode(pixels)
+
+    object.__setattr__(embedder, "encode", slow)
+    worker = stand.make_worker(KIT, downloads, embedder=embedder, max_batch=8)
+
+    async def four() -> list[dict]:
+        many = KIT.v2({"images": [rows_many.ONE] * 64})
+        async with stand.running(worker):
+            return await asyncio.gather(*[worker.handle({"input": many}) for _ in range(4)])
+
+    assert [reply["count"] for reply in asyncio.run(four())] == [64] * 4
+    assert downloads.embedded == 256 and 16 <= downloads.most <= 4 * 8
+
+
 def test_a_download_waits_until_all_of_its_memory_is_free():
     async def second() -> bool:
         budget = Budget(10)

@@ -70,7 +70,7 @@ def throughput(axes: Axes, results: dict) -> None:
     axes.set_ylim(0.7, highest * 1.4)
     axes.set_ylabel("images per second")
     axes.grid(axis="y", color="#e6e6e6")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.42))
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.42))
 
 
 def waits(results: dict) -> list[tuple[str, str, list[float]]]:

@@ -303,7 +303,7 @@ def at_once(max_batch: int, device: str) -> int:
     return min(max_batch, CPU_BATCH) if device == "cpu" else max_batch
 
 # %% ../nbs/05_batch.ipynb #pipeline
-BATCHES = 4  # as many as there may be images in hand, from the download to the vector
+BATCHES = 3  # as many as there may be images in hand, from the download to the vector
 
 
 class Pipeline:

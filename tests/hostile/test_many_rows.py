@@ -13,7 +13,7 @@ import stand
 from fake_worker import FakeEmbedder
 
 from heimdex_clip_worker.auth import sign
-from heimdex_clip_worker.batch import Budget
+from heimdex_clip_worker.batch import BATCHES, Budget
 from heimdex_clip_worker.contract import Bounds, parse
 from heimdex_clip_worker.errors import InferenceFailed, InvalidRequest
 
@@ -168,7 +168,7 @@ def test_few_images_lie_ready_for_a_slow_model():
             return await asyncio.gather(*[worker.handle({"input": many}) for _ in range(4)])
 
     assert [reply["count"] for reply in asyncio.run(four())] == [64] * 4
-    assert downloads.embedded == 256 and 16 <= downloads.most <= 4 * 8
+    assert downloads.embedded == 256 and 16 <= downloads.most <= BATCHES * 8
 
 
 def test_a_download_waits_until_all_of_its_memory_is_free():

@@ -433,7 +433,7 @@ def serve(worker: Worker, settings: Settings, spent_s: Mapping[str, float]) -> N
         "concurrency_modifier": lambda _: settings.max_concurrency,
     })
 
-# %% ../nbs/06_handler.ipynb #main
+# %% ../nbs/06_handler.ipynb #load-and-import
 SWITCH_S = 0.0002  # how long a thread may keep Python's lock while others want it
 
 
@@ -456,7 +456,7 @@ def load(settings: Settings) -> Worker:
     )
     return worker
 
-
+# %% ../nbs/06_handler.ipynb #main
 def main() -> None:
     """Start the worker; exit with status 1 and one clear line for each problem when it cannot."""
     if {"-h", "--help"} & set(sys.argv[1:]):

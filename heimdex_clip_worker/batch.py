@@ -26,8 +26,9 @@ from .errors import InferenceFailed, InvalidRequest, StartError
 from .preprocess import one_torch_thread, torch_threads
 
 # %% auto #0
-__all__ = ['Line', 'Waiting', 'CPU_BATCH', 'BATCHES', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle', 'Batcher',
-           'usable_cpus', 'Vector', 'Texts', 'Computing', 'at_once', 'Pipeline', 'timings', 'embed_url', 'embed_text']
+__all__ = ['Line', 'Waiting', 'CPU_BATCH', 'BATCHES', 'FEWEST', 'Downloads', 'Hold', 'waiting', 'Budget', 'in_thread', 'settle',
+           'Batcher', 'usable_cpus', 'Vector', 'Texts', 'Computing', 'at_once', 'Pipeline', 'timings', 'embed_url',
+           'embed_text']
 
 # %% ../nbs/05_batch.ipynb #downloads
 class Downloads:
@@ -303,7 +304,7 @@ def at_once(max_batch: int, device: str) -> int:
     return min(max_batch, CPU_BATCH) if device == "cpu" else max_batch
 
 # %% ../nbs/05_batch.ipynb #pipeline
-BATCHES = 3  # as many as there may be images in hand, from the download to the vector
+BATCHES, FEWEST = 3, 48  # batches and images that may be in hand, whichever is more
 
 
 class Pipeline:
@@ -322,7 +323,8 @@ class Pipeline:
     ):
         self.embedder, self.downloads = embedder, downloads
         self.budget, self.texts = Budget(max_bytes_in_flight), Texts(load_text)
-        self.least = max_bytes_in_flight // (BATCHES * max_batch)  # what an image counts as
+        in_hand = max(BATCHES * max_batch, FEWEST)
+        self.least = max_bytes_in_flight // in_hand  # bytes that an image counts as
         self.turns = Budget(4 * decode_workers)  # at the threads that decode; two for each and job
         self.computing = Computing(embedder, limits, self.texts)
         self.pools = {

@@ -460,8 +460,8 @@ def load(settings: Settings) -> Worker:
 def main() -> None:
     """Start the worker; exit with status 1 and one clear line for each problem when it cannot."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        with without_cpuinfo():
-            from runpod.serverless import parser
+        import_sdk()
+        from runpod.serverless import parser
 
         parser.print_help()
         return

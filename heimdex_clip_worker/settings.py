@@ -256,7 +256,7 @@ SERVICE = {
     ),
     "max_bytes_in_flight": Variable(
         "MAX_BYTES_IN_FLIGHT", number(int, 1, 1 << 36, "bytes"), "671088640",
-        "Most bytes of images in hand; their number is three model batches at most",
+        "Most bytes of images in hand, of which there are three model batches at most, or 48",
     ),
     "selftest": Variable(
         "CLIP_SELFTEST", word("on", "off"), "on",

@@ -229,7 +229,7 @@ BATCH = [
         "        if False and tuple(rows.shape) !=",
     ),
     ("bytes in flight", "line[0][0] <= self.free and ", ""),
-    ("images in hand", "max_bytes_in_flight // (BATCHES * max_batch)", "0"),
+    ("images in hand", "max_bytes_in_flight // in_hand", "0"),
     ("no job takes it all", " and self._held[job] < self.free:", ":"),
     (
         "no job has all the threads",

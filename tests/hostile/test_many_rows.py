@@ -13,7 +13,7 @@ import stand
 from fake_worker import FakeEmbedder
 
 from heimdex_clip_worker.auth import sign
-from heimdex_clip_worker.batch import BATCHES, Budget
+from heimdex_clip_worker.batch import BATCHES, FEWEST, Budget
 from heimdex_clip_worker.contract import Bounds, parse
 from heimdex_clip_worker.errors import InferenceFailed, InvalidRequest
 
@@ -160,7 +160,7 @@ def test_few_images_lie_ready_for_a_slow_model():
         return encode(pixels)
 
     object.__setattr__(embedder, "encode", slow)
-    worker = stand.make_worker(KIT, downloads, embedder=embedder, max_batch=8)
+    worker = stand.make_worker(KIT, downloads, embedder=embedder, max_batch=20)
 
     async def four() -> list[dict]:
         many = KIT.v2({"images": [rows_many.ONE] * 64})
@@ -168,7 +168,19 @@ def test_few_images_lie_ready_for_a_slow_model():
             return await asyncio.gather(*[worker.handle({"input": many}) for _ in range(4)])
 
     assert [reply["count"] for reply in asyncio.run(four())] == [64] * 4
-    assert downloads.embedded == 256 and 16 <= downloads.most <= BATCHES * 8
+    assert downloads.embedded == 256 and 40 <= downloads.most <= BATCHES * 20
+
+
+def test_a_model_of_small_batches_does_not_slow_the_downloads_down():
+    downloads = Counted(stand.photo())
+    worker = stand.make_worker(KIT, downloads, max_batch=1)
+
+    async def one() -> dict:
+        async with stand.running(worker):
+            return await worker.handle({"input": KIT.v2({"images": [rows_many.ONE] * 128})})
+
+    assert asyncio.run(one())["count"] == 128
+    assert downloads.most >= FEWEST // 2  # a job that is alone has half
 
 
 def test_a_download_waits_until_all_of_its_memory_is_free():

@@ -349,6 +349,7 @@ def set_up_logging(level: str) -> None:
     handler.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 # %% ../nbs/06_handler.ipynb #a-name-nobody-needs
 @contextmanager

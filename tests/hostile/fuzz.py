@@ -130,6 +130,12 @@ def keep(data: bytes) -> Path:
     return path
 
 
+def tell(line: str) -> None:
+    """Print a line in one piece: `print` may write its end separately, and others write, too."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def fuzz(count: int, seed: int, note: Path | None = None) -> Counter[str]:
     """Try `count` images; return how many ended how."""
     files, choose, found = seeds(), random.Random(seed), Counter()
@@ -140,7 +146,7 @@ def fuzz(count: int, seed: int, note: Path | None = None) -> Counter[str]:
         end = outcome(data)
         found[end] += 1
         if end.startswith("BAD"):
-            print(f"{end}  number {number}, seed {seed}: {keep(data).name}", flush=True)
+            tell(f"{end}  number {number}, seed {seed}: {keep(data).name}")
     return found
 
 
@@ -155,7 +161,7 @@ def main() -> int:
     if given.child:
         warnings.simplefilter("ignore")
         found = fuzz(given.count, given.seed, given.child)
-        print(" ".join(f"{name}={n}" for name, n in sorted(found.items()) if " " not in name))
+        tell(" ".join(f"{name}={n}" for name, n in sorted(found.items()) if " " not in name))
         return int(any(name.startswith("BAD") for name in found))
     notes = [REGRESSIONS / f".running-{os.getpid()}-{i}" for i in range(given.processes)]
     REGRESSIONS.mkdir(exist_ok=True)

@@ -1,14 +1,16 @@
 # The worker's image: `docker build -t heimdex-clip-worker .`, or the same with buildah.
 #
 # The base needs Python 3.10 or later with venv, and nothing else: PyTorch's wheels bring their own
-# CUDA libraries. Pin a digest where builds must repeat to the byte:
-# `--build-arg BASE_IMAGE=python@sha256:...`.
-ARG BASE_IMAGE=python:3.11.14-slim-bookworm
+# CUDA libraries. The digest is that of the index for all architectures; the tag is for readers.
+# `.github/workflows/base.yml` proposes newer ones.
+ARG BASE_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
 # A tag of open_clip's, or a checkpoint in weights/ where the model hub cannot be reached.
 ARG CLIP_MODEL_NAME=ViT-B-32
 ARG CLIP_PRETRAINED=openai
 ARG CLIP_ACTIVATION=auto
+# The sha256 of the checkpoint. Empty: what `model/weights.py` pins for a tag, and any file by path.
+ARG CLIP_SHA256=
 
 
 # Python with its library compiled: the official image has no bytecode, and a worker that may not
@@ -43,31 +45,33 @@ RUN pip uninstall --quiet --yes triton cuda-bindings cuda-pathfinder setuptools 
     && python -c 'import open_clip, torch, torchvision'
 
 
-# The weights, fetched by open_clip's own loader. Changes only with these files and arguments.
+# The weights, fetched by open_clip's own loader; a file with another digest than the pinned one
+# ends the build. Changes only with these files and arguments.
 FROM runtime AS checkpoint
 ARG CLIP_MODEL_NAME
 ARG CLIP_PRETRAINED
 ARG CLIP_ACTIVATION
+ARG CLIP_SHA256
 WORKDIR /build
 COPY weights ./weights
-COPY heimdex_clip_worker/__init__.py heimdex_clip_worker/errors.py heimdex_clip_worker/weights.py \
-     ./heimdex_clip_worker/
-RUN python -c 'import sys; from heimdex_clip_worker.weights import load_model; load_model(*sys.argv[1:])' \
-        "$CLIP_MODEL_NAME" "$CLIP_PRETRAINED" "$CLIP_ACTIVATION"
+COPY heimdex_clip_worker/__init__.py heimdex_clip_worker/errors.py ./heimdex_clip_worker/
+COPY heimdex_clip_worker/model/__init__.py heimdex_clip_worker/model/weights.py ./heimdex_clip_worker/model/
+RUN python -c 'import sys; from heimdex_clip_worker.model.weights import load_pinned; load_pinned(*sys.argv[1:])' \
+        "$CLIP_MODEL_NAME" "$CLIP_PRETRAINED" "$CLIP_ACTIVATION" "$CLIP_SHA256"
 
 
-# The weights as they will be served, checked against what they were made of. A change of the modules
-# that make them bakes anew, to the same bytes; other code does not come by here.
+# The weights as they will be served, proved against open_clip. A change of the package's `model`
+# repeats this stage, with the same bytes as result; other code is not copied here.
 FROM checkpoint AS weights
 ARG CLIP_MODEL_NAME
 ARG CLIP_PRETRAINED
 ARG CLIP_ACTIVATION
-COPY heimdex_clip_worker/avif.py heimdex_clip_worker/decode.py heimdex_clip_worker/preprocess.py \
-     heimdex_clip_worker/tower.py heimdex_clip_worker/artifact.py heimdex_clip_worker/embed.py \
-     heimdex_clip_worker/text.py heimdex_clip_worker/bake.py ./heimdex_clip_worker/
+ARG CLIP_SHA256
+COPY heimdex_clip_worker/model ./heimdex_clip_worker/model
 COPY heimdex_clip_worker/photos ./heimdex_clip_worker/photos
-RUN HF_HUB_OFFLINE=1 python -m heimdex_clip_worker.bake --to /opt/clip \
-        --model-name "$CLIP_MODEL_NAME" --pretrained "$CLIP_PRETRAINED" --activation "$CLIP_ACTIVATION"
+RUN HF_HUB_OFFLINE=1 python -m heimdex_clip_worker.model.artifact --to /opt/clip \
+        --model-name "$CLIP_MODEL_NAME" --pretrained "$CLIP_PRETRAINED" --activation "$CLIP_ACTIVATION" \
+        --sha256 "$CLIP_SHA256"
 
 
 # This package, with the commands that come with it.

@@ -2,10 +2,15 @@
 PYTHON ?= python3
 export PYTHON
 BIN := .venv/bin
+# The quick check needs no torch: it takes the whole environment if that is there, else one of its own.
+CHECK := $(if $(wildcard .venv/.dev),.venv,.venv-check)
 UV := uv==0.13.9
 
+# What a test needs beyond Python, as markers: see pyproject.toml.
+QUICK := not model and not process and not postgres and not server and not image
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke soak fuzz guards bench image-test lint lab export readme lock clean
+.PHONY: help demo check test smoke soak fuzz guards bench image-test lint lab docs showcase export readme lock clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -13,10 +18,15 @@ help: ## list these commands
 		do printf '  make %-10s %s\n' "$$n" "$$t"; done
 
 demo: .venv/.worker ## set up, start the worker here, send it one signed photograph, print the answer
-	@$(BIN)/python -m heimdex_clip_worker.demo $(ARGS)
+	@$(BIN)/python -m heimdex_clip_worker.cli.main demo $(ARGS)
+
+check: $(CHECK)/.check ## lint, import rules and the tests that need neither torch nor a server
+	@$(CHECK)/bin/ruff check .
+	@$(CHECK)/bin/lint-imports --no-logo
+	@FUZZ_EXAMPLES=50 $(CHECK)/bin/python -m pytest -n 2 -q -m "$(QUICK)" $(ARGS)
 
 test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 smoke: .venv/.dev ## run the smoke-test notebook with papermill against a worker started here
 	@$(BIN)/python tests/smoke.py $(ARGS)
@@ -30,7 +40,7 @@ fuzz: .venv/.dev ## decode a million mutated images; only declared errors may co
 guards: .venv/.dev ## take each guard out in turn and see which test notices
 	@$(BIN)/python tests/hostile/remove_guards.py $(ARGS)
 
-bench: .venv/.dev ## measure against a plain worker (7 to 8 minutes)
+bench: .venv/.dev ## measure against two baseline workers (11 to 12 minutes)
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 10 to 30 minutes)
@@ -40,21 +50,28 @@ lint: .venv/.dev ## check the code, in notebooks too, with ruff
 	@$(BIN)/ruff check .
 
 lab: .venv/.dev ## open the exploration notebook in JupyterLab
-	@$(BIN)/jupyter lab nbs/21_explore.ipynb $(ARGS)
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/21_explore.ipynb $(ARGS)
 
-export: .venv/.dev ## write the package from the notebooks, clean them, and render the README
+showcase: .venv/.dev ## run the notebooks that are committed with their outputs, and store these
+	@$(BIN)/python tools/showcase.py $(ARGS)
+
+docs: .venv/.dev ## serve the documentation site; ARGS=--build builds it strictly into _site/
+	@$(BIN)/python tools/docs.py $(ARGS)
+
+export: .venv/.dev ## write the package from the notebooks, clean them, and render README and reference
 	@$(BIN)/nbdev_export
 	@$(BIN)/python tools/notebooks.py nbs
+	@$(BIN)/python tools/reference.py
 	@$(BIN)/python tools/readme.py
 
 readme: .venv/.dev ## render README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-lock: .cache/lock/.ready ## pin the newest allowed versions in requirements.txt and requirements-dev.txt
+lock: .cache/lock/.ready ## pin the newest allowed versions in the requirements files
 	@PATH=".cache/lock/bin:$$PATH" .cache/lock/bin/python tools/lock.py
 
 clean: ## remove what was set up and built (.venv too)
-	@rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf .venv .venv-check .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.worker: requirements.txt settings.ini setup.py
@@ -62,6 +79,12 @@ clean: ## remove what was set up and built (.venv too)
 
 .venv/.dev: .venv/.worker requirements-dev.txt
 	@tools/setup.sh dev
+
+.venv/.check: .venv/.dev
+	@touch $@
+
+.venv-check/.check: requirements-check.txt settings.ini setup.py
+	@tools/setup.sh check
 
 .cache/lock/.ready: Makefile
 	@rm -rf .cache/lock && "$(PYTHON)" -m venv .cache/lock

@@ -4,6 +4,10 @@ A cell is named by its id (`nbs/02_auth.ipynb::refuses-a-stale-timestamp`). A no
 shell, top to bottom and each cell once, in the notebook's folder; choosing one cell (`-k`, a node
 id) runs the ones above it first. Cells that call `nbdev_export` never run. Notebooks named `_*` are
 not run, and those named `2*` have tests of their own.
+
+What a file needs beyond Python is declared in it: `pytestmark` in a test module, a line
+`#| needs: model server` in the first code cell of a notebook. A file that `-m` excludes as a whole
+is not imported, so that `make check` runs where torch is not installed.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any
 
 import pytest
 from _pytest.assertion.rewrite import rewrite_asserts
+from _pytest.mark.expression import Expression
 
 # Tests run side by side. OpenMP's threads would spin while they wait, each on a CPU that another
 # test needs: a third more time. It reads this when torch is imported.
@@ -32,6 +37,8 @@ FLAGS = {
     "weights": "needs the real checkpoint; run with --weights",
     "live": "needs the internet; run with --live",
 }
+# Of two processes that take file after file, none shall have a long one left at the end.
+LONGEST = {"test_smoke.py", "test_explore.py", "test_client.py", "test_production_loop.py"}
 EXPORTS = {"default_exp", "export", "exporti", "exports"}
 
 
@@ -43,11 +50,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what carries a flag that was not asked for, and say why in the count."""
+    """Skip what carries a flag that was not asked for, and start with the longest files."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         for flag, reason in FLAGS.items():
             if item.get_closest_marker(flag) and not config.getoption(f"--{flag}"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Ignore a file whose declared needs do not match the marker expression of `-m`."""
+    expression = config.option.markexpr
+    if not expression or collection_path.suffix not in (".py", ".ipynb"):
+        return None
+    needs = declared_needs(collection_path)
+    return needs and not Expression.compile(expression).evaluate(lambda name, **_: name in needs)
+
+
+def declared_needs(path: Path) -> set[str]:
+    """Read the markers that a test module or notebook declares for all its tests."""
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = next((cell["source"] for cell in cells if cell["cell_type"] == "code"), [])
+        match = re.search(r"^#\|\s*needs:\s*(.+)$", "".join(first), re.MULTILINE)
+        return set(match[1].split()) if match else set()
+    text = path.read_text(encoding="utf-8")
+    match = re.search(r"^pytestmark = .+?(?=^\S)", text, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"pytest\.mark\.(\w+)(?!\w*\()", match[0])) if match else set()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> NotebookFile | None:
@@ -97,6 +126,8 @@ class NotebookFile(pytest.File):
     def collect(self) -> Iterator[CellItem]:
         self.cells = read_cells(self.path)
         self.shell: Shell | None = None
+        for need in sorted(declared_needs(self.path)):
+            self.add_marker(need)
         for cell in self.cells:
             if cell.runs and not cell.exported:
                 item = CellItem.from_parent(self, name=cell.id, cell=cell)

@@ -39,15 +39,20 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
     packages=find_packages(include=[settings["lib_name"], settings["lib_name"] + ".*"]),
-    package_data={settings["lib_name"]: ["photos/*", "vectors/*"]},
+    package_data={settings["lib_name"]: ["explore/*.jpg", "photos/*", "py.typed", "vectors/*"]},
     include_package_data=False,
     python_requires=">=" + settings["min_python"],
     install_requires=lines("requirements"),
     extras_require={
         "worker": lines("worker_requirements"),
         "backfill": lines("backfill_requirements"),
+        "explore": lines("worker_requirements")
+        + lines("backfill_requirements")
+        + lines("explore_requirements"),
         "dev": lines("worker_requirements")
         + lines("backfill_requirements")
+        + lines("explore_requirements")
+        + lines("check_requirements")
         + lines("dev_requirements"),
     },
     entry_points={"console_scripts": lines("console_scripts")},

@@ -1,8 +1,8 @@
-"""What an accelerator makes of it: `make bench ARGS=--gpu`, or `ARGS="--gpu --device cpu"` to try.
+"""Measure an accelerator: `make bench ARGS=--gpu`, or `ARGS="--gpu --device cpu"` to try it out.
 
-Encoding alone by precision and batch, as a share of what the device can do; then both workers end
-to end, with downloads and decoding; and the threads' decoding alone, which on most machines is what
-the accelerator waits for.
+Three things are measured: encoding alone by precision and batch, as a share of what the device can
+do; decoding by all threads, for which the accelerator waits on most machines; and both workers end
+to end, with downloads and decoding.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from benchmarks.bench import QUICK, Load, Plan, prepared
 from benchmarks.figures import file_stem, machine, number, table, write
 from benchmarks.load import BenchmarkFailed
 from benchmarks.workers import OURS, production
-from heimdex_clip_worker.batch import Computing, Texts, usable_cpus
-from heimdex_clip_worker.decode import PixelLimits
+from heimdex_clip_worker.serving.decode import PixelLimits
+from heimdex_clip_worker.serving.pipeline import prepare_image
+from heimdex_clip_worker.serving.process import usable_cpus
 
-# Dense peaks of the data sheets in TFLOP/s: float16 and bfloat16 on the tensor cores, summed in
-# float32; and float32 on the ordinary ones, since the worker forbids TF32. The first match counts.
+# Dense peaks of the data sheets in TFLOP/s: float16 and bfloat16 on the tensor cores with sums in
+# float32, and float32 on the ordinary cores, because the worker forbids TF32. First match counts.
 PEAKS = {
     "H100 PCIe": (756, 51),
     "H100": (989, 67),
@@ -50,7 +51,7 @@ LARGE = Load(callers=16, images=64, delay_ms=0)
 
 
 def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:  # FLOP/s
-    """Return the dense peak of a GPU for a type, None when the table has not got it."""
+    """Look up the dense peak of a GPU for a type; None if the table has none."""
     for known, (half, single) in PEAKS.items():
         if re.search(rf"\b{known}\b", name):
             return 1e12 * (single if dtype == torch.float32 else half)
@@ -58,8 +59,8 @@ def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:  # FLOP/s
 
 
 def encoding(device: str, precisions: tuple[str, ...], batches: tuple[int, ...]) -> list[dict]:
-    """Return the rate of the encoder alone, prepared pixels on the CPU to vectors on the CPU."""
-    found = []
+    """Measure the encoder alone, from prepared pixels on the CPU to vectors on the CPU."""
+    rows = []
     for precision in precisions:
         embedder = kernels.load(device=device, precision=precision)
         dtype, cuda = kernels.weights_dtype(embedder), device != "cpu"
@@ -69,43 +70,44 @@ def encoding(device: str, precisions: tuple[str, ...], batches: tuple[int, ...])
             pixels = kernels.batch_of(embedder, size)
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            took = statistics.median(kernels.seconds(partial(embedder.encode, pixels), 10))
-            flops = size * kernels.flop() / took
-            found.append({
+            seconds = statistics.median(kernels.seconds(partial(embedder.encode, pixels), 10))
+            flops = size * kernels.flop() / seconds
+            rows.append({
                 "precision": precision,
                 "batch": size,
-                "images_per_s": size / took,
+                "images_per_s": size / seconds,
                 "share_of_gemm": flops / measured,
                 "share_of_peak": flops / peak if peak else None,
                 "vram_mb": torch.cuda.max_memory_allocated() / 1e6 if cuda else None,
             })  # fmt: skip
-    return found
+    return rows
 
 
 def decoding(device: str) -> float:  # images/s
-    """Return how fast all threads together prepare the benchmark's photographs."""
+    """Measure how fast all threads together prepare the benchmark's photographs."""
     threads = usable_cpus()
-    work = Computing(kernels.load(device=device), PixelLimits(max_pixels=50_000_000), Texts(None))
+    embedder, limits = kernels.load(device=device), PixelLimits(max_pixels=50_000_000)
+    work = partial(prepare_image, embedder=embedder, limits=limits)
     files = [path.read_bytes() for path in photos.pool()] * max(1, threads // 2)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work.pixels, files[:threads]))
+        list(pool.map(work, files[:threads]))
         start = time.perf_counter()
-        list(pool.map(work.pixels, files))
-        took = time.perf_counter() - start
+        list(pool.map(work, files))
+        seconds = time.perf_counter() - start
     torch.set_num_threads(before)
-    return len(files) / took
+    return len(files) / seconds
 
 
 def vram_in_use() -> int:  # bytes, of all processes
-    """Return how much of the device's memory is taken."""
+    """Measure how much of the device's memory is in use."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
 async def end_to_end(device: str, quick: bool) -> dict:
-    """Return what the worker does with jobs, against the plain one; raise BenchmarkFailed."""
+    """Measure both workers with jobs, end to end; raise BenchmarkFailed."""
     plan = QUICK if quick else replace(Plan(), single_jobs=1024, batch_jobs=32)
     names = ("singles", "batches", "lone", "start")
     async with prepared(plan, names, CLIP_DEVICE=device) as bench:
@@ -128,7 +130,7 @@ async def end_to_end(device: str, quick: bool) -> dict:
 
 
 def encoding_table(rows: list[dict]) -> str:
-    """Return the encoder's rates as a Markdown table."""
+    """Write the encoder's rates as a Markdown table."""
     head = ["precision", "batch", "images/s", "of GEMM", "of the data sheet", "VRAM, MB"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for row in rows:
@@ -144,9 +146,9 @@ def encoding_table(rows: list[dict]) -> str:
 
 
 def main(device: str, quick: bool, out: Path) -> None:
-    """Measure, print, and keep the results beside the others; end with 1 on failure."""
+    """Measure, print, and keep the results beside the others; exit with 1 on failure."""
     if device != "cpu" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here; --device cpu tries the code out")
+        raise SystemExit("torch finds no CUDA device; --device cpu tries the code out")
     torch.manual_seed(0)
     about = machine() if device != "cpu" else {**machine(), "gpu": None}
     print(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {about['torch']}\n")
@@ -165,7 +167,7 @@ def main(device: str, quick: bool, out: Path) -> None:
         + (f", {number(large['vram_mb'])} MB of VRAM" if large["vram_mb"] else "")
     )
     if quick or device == "cpu":
-        print("Nothing was written: that takes the whole benchmark, on a GPU.")
+        print("Nothing was written: only the whole benchmark on a GPU writes results.")
         return
     results |= {"encoding": rows, "all_threads_prepare_per_s": prepared_per_s}
     path = out / f"{file_stem(results['machine'])}.json"

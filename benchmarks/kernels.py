@@ -1,7 +1,7 @@
-"""What needs no worker: `python -m benchmarks.kernels encode|preprocess`, one JSON object out.
+"""Measure what needs no worker: `python -m benchmarks.kernels NAME` prints one JSON object.
 
-A process each, because torch's number of threads is of a process: all of them to encode, one to
-preprocess.
+Each measurement is a process of its own, because torch's number of threads belongs to the process:
+all threads to encode, one to preprocess.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from PIL import Image
 from seeded import seeded_hub
 
 from benchmarks import CACHE, photos
-from heimdex_clip_worker.batch import Computing, Texts
-from heimdex_clip_worker.decode import PixelLimits, decode
-from heimdex_clip_worker.embed import Embedder
+from benchmarks.figures import MIX, THUMBNAILS
+from heimdex_clip_worker.model import preprocess as preprocessing
+from heimdex_clip_worker.model.image import Embedder
+from heimdex_clip_worker.serving.decode import PixelLimits, decode
+from heimdex_clip_worker.serving.pipeline import prepare_image
 
 GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (1600, 768, 3072))
 
+POOLS = {MIX: partial(photos.pool, 1), THUMBNAILS: photos.thumbnails}
+
 
 def load(**options: object) -> Embedder:
-    """Return the embedder with the seeded weights, as the worker would have it."""
+    """Load the embedder with the seeded weights, as the worker would."""
     options.setdefault("device", "cpu")
     return Embedder.load("ViT-B-32", "openai", cache_dir=str(seeded_hub()), **options)
 
@@ -34,7 +39,7 @@ def load(**options: object) -> Embedder:
 def flop(
     size: int = 224, patch: int = 32, width: int = 768, layers: int = 12, dim: int = 512
 ) -> float:  # 8.8e9 for ViT-B/32
-    """Return the floating-point operations that one image takes in a vision transformer."""
+    """Compute the floating-point operations for one image in a vision transformer."""
     patches = (size // patch) ** 2
     tokens = patches + 1
     stem = 2 * patches * 3 * patch**2 * width
@@ -43,7 +48,7 @@ def flop(
 
 
 def seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Return how long each call took, after one that is not counted; sorted."""
+    """Measure each call after a first one that does not count; sorted."""
     call()
     times = []
     for _ in range(repeats):
@@ -54,7 +59,7 @@ def seconds(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def gemm(dtype: torch.dtype, device: str = "cpu", repeats: int = 3) -> float:  # FLOP/s
-    """Return the best rate at which a device multiplies matrices of a type."""
+    """Measure the best rate at which a device multiplies matrices of a type."""
     best = 0.0
     for m, k, n in GEMMS + ((8192, 8192, 8192),) * (device != "cpu"):
         a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
@@ -71,66 +76,109 @@ def gemm(dtype: torch.dtype, device: str = "cpu", repeats: int = 3) -> float:  #
 
 
 def weights_dtype(embedder: Embedder) -> torch.dtype:
-    """Return the type that a tower computes in: that of its matrices."""
+    """The type in which a tower computes: that of its matrices."""
     return next(p.dtype for p in embedder.tower.parameters() if p.dim() == 2)
 
 
 def batch_of(embedder: Embedder, size: int) -> torch.Tensor:  # (size, 3, S, S)
-    """Return a photograph `size` times, prepared as the worker would."""
+    """Prepare a photograph `size` times, as the worker would."""
     data = photos.make("native", 0).read_bytes()
     return torch.stack([embedder.preprocess(decode(data, PixelLimits()))] * size)
 
 
 def encode(rounds: int, batch: int = 32) -> dict:
-    """Return rounds of FLOP/s, a matrix multiplication's and the encoder's, in turn."""
+    """Measure the FLOP/s of a matrix multiplication and of the encoder, in turn."""
     embedder = load()
     dtype = weights_dtype(embedder)
     pixels = batch_of(embedder, batch)
     note = f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    found: dict = {"note": note, "other": [], "ours": []}
+    result: dict = {"note": note, "other": [], "ours": []}
     for _ in range(rounds):
-        found["other"].append(gemm(dtype))
-        took = statistics.median(seconds(lambda: embedder.encode(pixels), 5))
-        found["ours"].append(batch * flop() / took)
-    return found
+        result["other"].append(gemm(dtype))
+        median = statistics.median(seconds(lambda: embedder.encode(pixels), 5))
+        result["ours"].append(batch * flop() / median)
+    return result
 
 
 def preprocess(rounds: int, kind: str, count: int = 4) -> dict:
-    """Return rounds of images/s, JPEG to what the model takes, open_clip's and ours, in turn."""
+    """Measure images/s from JPEG to the model's input, with open_clip's code and ours, in turn."""
     import open_clip
 
     torch.set_num_threads(1)
-    work = Computing(load(), PixelLimits(max_pixels=50_000_000), Texts(None))
-    theirs = open_clip.image_transform(224, is_train=False)
+    embedder, limits = load(), PixelLimits(max_pixels=50_000_000)
+    transform = open_clip.image_transform(224, is_train=False)
     files = [photos.make(kind, i).read_bytes() for i in range(count)]
 
-    def plain() -> None:
+    def baseline() -> None:
         for data in files:
-            theirs(Image.open(io.BytesIO(data)).convert("RGB"))
+            transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
     def ours() -> None:
         for data in files:
-            work.pixels(data)
+            prepare_image(data, embedder, limits)
 
     note = f"{count} photographs, 1 thread"
-    found: dict = {"note": note, "other": [], "ours": []}
+    result: dict = {"note": note, "other": [], "ours": []}
     for _ in range(rounds):
-        found["other"].append(count / statistics.median(seconds(plain, 3)))
-        found["ours"].append(count / statistics.median(seconds(ours, 3)))
-    return found
+        result["other"].append(count / statistics.median(seconds(baseline, 3)))
+        result["ours"].append(count / statistics.median(seconds(ours, 3)))
+    return result
+
+
+def copy(rounds: int, kind: str, count: int = 4) -> dict:
+    """Measure images/s, JPEG to pixels, with a copy of Pillow's memory and without, in turn.
+
+    In the thread's own CPU time, because a busy machine's noise is larger than the difference.
+    """
+    torch.set_num_threads(1)
+    preparation = preprocessing.Preparation(224, (0.5,) * 3, (0.5,) * 3)
+    files = [photos.make(kind, i).read_bytes() for i in range(count)]
+
+    def rate(memory: Callable) -> float:
+        preprocessing._memory = memory
+        start = time.thread_time()
+        for data in files:
+            image = decode(data, PixelLimits(), at_least=preparation.draft_size)
+            preprocessing.fast(image, preparation)
+        return count / (time.thread_time() - start)
+
+    ways = {"other": preprocessing._copied, "ours": preprocessing._memory}
+    result: dict = {"note": f"{count} photographs, 1 thread, CPU time", "other": [], "ours": []}
+    for number in range(-1, rounds):  # one that is not counted
+        for name, memory in ways.items():
+            value = rate(memory)
+            result[name] += [value] if number >= 0 else []
+    return result
+
+
+def decoding(rounds: int, kind: str) -> dict:
+    """Measure the CPU time of a thread from the bytes of an image to the model's pixels."""
+    torch.set_num_threads(1)
+    embedder, limits = load(), PixelLimits(max_pixels=50_000_000)
+    files = [path.read_bytes() for path in POOLS[kind]()]
+    result: dict = {"note": f"{len(files)} photographs, 1 thread, CPU time", "ours": []}
+    for number in range(-1, rounds):  # one that is not counted
+        start = time.thread_time()
+        for data in files:
+            prepare_image(data, embedder, limits)
+        result["ours"] += [(time.thread_time() - start) / len(files)] if number >= 0 else []
+    return result
 
 
 def main() -> None:
     """Measure one thing and print it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["encode", *(f"preprocess-{kind}" for kind in photos.MIX)])
+    kinds = [f"{name}-{kind}" for name in ("preprocess", "copy") for kind in photos.MIX]
+    kinds += [f"decode-{kind}" for kind in POOLS]
+    parser.add_argument("what", choices=["encode", *kinds])
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    name, _, kind = given.what.partition("-")
-    found = encode(given.rounds) if name == "encode" else preprocess(given.rounds, kind)
-    print(json.dumps(found))
+    name, _, kind = args.what.partition("-")
+    measure = {"preprocess": preprocess, "copy": copy, "decode": decoding}
+    result = encode(args.rounds) if name == "encode" else measure[name](args.rounds, kind)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

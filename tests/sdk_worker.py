@@ -1,7 +1,7 @@
-"""A worker of a few lines under the SDK's loop, for tests of the platform: `python sdk_worker.py`.
+"""A small worker under the SDK's loop, for tests of the emulator: `python sdk_worker.py`.
 
-It does what a job's input says: `sleep` so many seconds, `exit` with a status, `fail` with a
-message, return `large` characters, ask for a `refresh` of the worker. The answer has its process.
+A job's input controls it: `sleep` for some seconds, `exit` with a status, `fail` with a message,
+return `large` characters, or `refresh` the worker. The output holds the id of the process.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import runpod
 
 
 async def handler(job: dict[str, Any]) -> dict[str, Any]:
-    """Do as the input says."""
-    asked = job["input"]
-    await asyncio.sleep(asked.get("sleep", 0))
-    if "exit" in asked:
-        os._exit(asked["exit"])
-    if "fail" in asked:
-        return {"error": asked["fail"], "code": "TEST"}
-    more = {"refresh_worker": True} if asked.get("refresh") else {}
+    """Do what the input asks for."""
+    job_input = job["input"]
+    await asyncio.sleep(job_input.get("sleep", 0))
+    if "exit" in job_input:
+        os._exit(job_input["exit"])
+    if "fail" in job_input:
+        return {"error": job_input["fail"], "code": "TEST"}
+    refreshing = {"refresh_worker": True} if job_input.get("refresh") else {}
     return {
-        "echo": asked.get("echo"),
+        "echo": job_input.get("echo"),
         "pid": os.getpid(),
-        "text": "x" * asked.get("large", 0),
-        **more,
+        "text": "x" * job_input.get("large", 0),
+        **refreshing,
     }
 
 

@@ -1,6 +1,6 @@
 """Seeded weights in a cache of the Hugging Face hub: the tag `openai` without the internet.
 
-The weights are those of `nbs/13f_golden.ipynb`: random, always the same, and exact in float16.
+The weights are those of `nbs/03e_golden.ipynb`: random, always the same, and exact in float16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from heimdex_clip_worker.golden import seeded_state
+from heimdex_clip_worker.model.golden import seeded_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "seeded-hub"  # an HF_HOME; git-ignored, built once, about 300 MB
@@ -23,9 +23,9 @@ REVISION = hashlib.sha1(b"seeded weights, version 1").hexdigest()  # raise it to
 def write_checkpoint(
     path: Path,  # ends in .safetensors, or is a pickle of a state dict
     state: dict,  # name -> tensor
-    activation: str | None = None,  # for the header of a .safetensors; None: it does not say
+    activation: str | None = None,  # for the header of a .safetensors; None: not stated
 ) -> Path:
-    """Write a checkpoint file and return its path."""
+    """Write a checkpoint file; return its path."""
     import torch
     from safetensors.torch import save_file
 
@@ -37,7 +37,7 @@ def write_checkpoint(
 
 
 def seeded_hub() -> Path:
-    """Return the hub cache with seeded weights for the tag `openai`; build it once."""
+    """Build a hub cache with seeded weights for the tag `openai`, once; return its folder."""
     if not seeded_file().is_file():
         CACHE.parent.mkdir(exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix="seeded-hub-", dir=CACHE.parent))
@@ -50,19 +50,19 @@ def seeded_hub() -> Path:
 
 
 def seeded_file() -> Path:
-    """Return where the seeded weights lie in that cache."""
+    """Name the file of the seeded weights in that cache."""
     folder = f"models--{REPO.replace('/', '--')}"
     return CACHE / "hub" / folder / "snapshots" / REVISION / FILE
 
 
 def hub_env(home: Path) -> dict[str, str]:
-    """Return the environment of a process that has this hub, and all else of it under `home`."""
+    """Build the environment of a process that uses this cache, and `home` for its other files."""
     hub = str(seeded_hub())
     return {"HF_HOME": str(home / "huggingface"), "HF_HUB_CACHE": hub, "HF_HUB_OFFLINE": "1"}
 
 
 def _build(repo: Path) -> None:
-    """Lay out one repository: blobs by digest, a snapshot of links to them, a ref to it."""
+    """Write one repository: blobs by digest, a snapshot of links to them, a ref to the snapshot."""
     import open_clip
 
     facts = open_clip.get_pretrained_cfg("ViT-B-32", "openai")
@@ -83,11 +83,11 @@ def _build(repo: Path) -> None:
 
 
 def _put(building: Path) -> None:
-    """Move a finished cache into its place in one step, unless another process was first."""
+    """Rename a finished cache into its place, unless another process was first."""
     if CACHE.exists() and not seeded_file().is_file():  # of an earlier version
         shutil.rmtree(CACHE)
     try:
         building.rename(CACHE)
-    except OSError:  # there is one by now
+    except OSError:  # another process was first
         if not seeded_file().is_file():
             raise

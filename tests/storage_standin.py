@@ -1,8 +1,8 @@
-"""A Supabase Storage that holds its objects in memory, on a free port of 127.0.0.1.
+"""A stand-in for Supabase Storage: objects in memory, on a free port of 127.0.0.1.
 
-It answers the calls that `storage3` makes as Storage does (github.com/supabase/storage): upload,
-sign, read by signed URL, read with the key, list, remove. Its errors are Storage's as well: HTTP
-400 for all of them, and the status that was meant in the body.
+It implements the calls that `storage3` makes, as Storage does (github.com/supabase/storage):
+upload, sign, read by signed URL, read with the key, list and remove. Its errors have Storage's
+form as well: HTTP status 400 for all of them, and the real status in the body.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_BYTES = 50_000_000  # Storage's own limit on the free plan
 
 
 class Refused(Exception):
-    """What Storage answers instead of doing what was asked."""
+    """An error that Storage sends instead of a result."""
 
     def __init__(self, status: int, error: str, message: str):
         super().__init__(message)
@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 class StorageServer:
-    """The stand-in; a context manager. What is stored is in `objects`."""
+    """The stand-in, a context manager; `objects` holds what is stored."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class StorageServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def answer(self) -> None:
-                storage.answer(self)
+            def handle_request(self) -> None:
+                storage.handle(self)
 
-            do_GET = do_POST = do_PUT = do_DELETE = answer
+            do_GET = do_POST = do_PUT = do_DELETE = handle_request
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -73,18 +73,18 @@ class StorageServer:
         self._http.server_close()
 
     def env(self, bucket: str = "scenes") -> dict[str, str]:
-        """Return what a caller of this storage has in its environment."""
+        """Make the environment variables of a caller of this storage."""
         return {
             "SUPABASE_URL": self.url,
             "SUPABASE_SERVICE_ROLE_KEY": self.key,
             "SUPABASE_BUCKET": bucket,
         }
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        """Answer one HTTP request."""
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        """Handle one HTTP request."""
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         try:
-            status, data, kind = 200, *self.do(request, body)
+            status, data, kind = 200, *self.dispatch(request, body)
         except Refused as refused:
             status, data, kind = 400, json.dumps(refused.body).encode(), "application/json"
         request.send_response(status)
@@ -93,8 +93,8 @@ class StorageServer:
         request.end_headers()
         request.wfile.write(data)
 
-    def do(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[bytes, str]:
-        """Return body and content type of the answer; raise Refused."""
+    def dispatch(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[bytes, str]:
+        """Return the response's body and content type; raise Refused."""
         url = urlsplit(request.path)
         version, _, path = url.path.removeprefix("/storage/v1/").partition("/")
         action, _, rest = path.partition("/")
@@ -125,7 +125,7 @@ class StorageServer:
             raise Refused(404, "Bucket not found", "Bucket not found")
 
     def write(self, name: str, request: BaseHTTPRequestHandler, body: bytes) -> dict[str, str]:
-        """Store the file of a multipart form; replace an object only when that is asked for."""
+        """Store the file of a multipart form; replace an object only if the request says so."""
         replace = request.command == "PUT" or request.headers.get("x-upsert") == "true"
         if name in self.objects and not replace:
             raise Refused(409, "Duplicate", "The resource already exists")
@@ -145,28 +145,28 @@ class StorageServer:
             raise Refused(404, "not_found", "Object not found")
         return self.objects[name]
 
-    def sign(self, name: str, wish: dict[str, Any]) -> dict[str, str]:
-        """Return a path that reads the object until `expiresIn` seconds from now."""
+    def sign(self, name: str, options: dict[str, Any]) -> dict[str, str]:
+        """Sign a path that reads the object for `expiresIn` seconds."""
         self.read(name)
-        seconds = int(wish["expiresIn"])
+        seconds = int(options["expiresIn"])
         if seconds < 1:
             raise Refused(400, "Error", "body/expiresIn must be >= 1")
         now = int(self.clock())
         token = self.token({"url": name, "iat": now, "exp": now + seconds})
         return {"signedURL": f"/object/sign/{name}?token={token}"}
 
-    def sign_many(self, bucket: str, wish: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return a signed path, or an error, for each of `paths`."""
-        found = []
-        for path in wish["paths"]:
+    def sign_many(self, bucket: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Sign each of `paths`, or return an error in its place."""
+        entries = []
+        for path in options["paths"]:
             entry = {"path": path, "signedURL": None, "error": MISSING}
             if f"{bucket}/{path}" in self.objects:
-                entry |= self.sign(f"{bucket}/{path}", wish) | {"error": None}
-            found.append(entry)
-        return found
+                entry |= self.sign(f"{bucket}/{path}", options) | {"error": None}
+            entries.append(entry)
+        return entries
 
     def read_signed(self, name: str, token: str) -> tuple[bytes, str]:
-        """Return the object that a signed URL names; raise Refused once it has expired."""
+        """Read the object of a signed URL; raise Refused once the URL has expired."""
         claims = self.claims(token)
         if self.clock() >= claims["exp"]:
             raise Refused(400, "InvalidJWT", '"exp" claim timestamp check failed')
@@ -174,21 +174,21 @@ class StorageServer:
             raise Refused(400, "InvalidSignature", "Invalid signature")
         return self.read(name)
 
-    def list(self, bucket: str, wish: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the objects in one folder of a bucket, without those in folders below it."""
-        start = "/".join(filter(None, [bucket, wish.get("prefix", "").strip("/")])) + "/"
+    def list(self, bucket: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """List the objects of one folder, without those of folders below it."""
+        start = "/".join(filter(None, [bucket, options.get("prefix", "").strip("/")])) + "/"
         names = [name.removeprefix(start) for name in self.objects if name.startswith(start)]
-        return [{"name": name} for name in sorted(names) if "/" not in name][: wish["limit"]]
+        return [{"name": name} for name in sorted(names) if "/" not in name][: options["limit"]]
 
     def remove(self, bucket: str, paths: list[str]) -> list[dict[str, str]]:
-        """Remove what there is of `paths`; what is not there is not an error."""
-        gone = [path for path in paths if self.objects.pop(f"{bucket}/{path}", None)]
-        return [{"bucket_id": bucket, "name": path} for path in gone]
+        """Remove objects; a missing one is not an error."""
+        removed = [path for path in paths if self.objects.pop(f"{bucket}/{path}", None)]
+        return [{"bucket_id": bucket, "name": path} for path in removed]
 
     # A signed URL carries a JWT (RFC 7519), signed with HMAC-SHA256.
 
     def token(self, claims: dict[str, Any]) -> str:
-        parts = [packed({"alg": "HS256", "typ": "JWT"}), packed(claims)]
+        parts = [encode_part({"alg": "HS256", "typ": "JWT"}), encode_part(claims)]
         return ".".join([*parts, self.signature(parts)])
 
     def signature(self, parts: list[str]) -> str:
@@ -196,15 +196,15 @@ class StorageServer:
         return base64.urlsafe_b64encode(mac.digest()).decode().rstrip("=")
 
     def claims(self, token: str) -> dict[str, Any]:
-        """Return what a token says; raise Refused for one that was not made here."""
+        """Read a token; raise Refused if it was not made here."""
         *parts, mac = token.split(".")
         if len(parts) != 2 or not hmac.compare_digest(self.signature(parts), mac):
             raise Refused(400, "InvalidJWT", "signature verification failed")
         return json.loads(base64.urlsafe_b64decode(parts[1] + "=="))
 
 
-def packed(value: dict[str, Any]) -> str:
-    """Return `value` as a part of a JWT."""
+def encode_part(value: dict[str, Any]) -> str:
+    """Encode a part of a JWT."""
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 

@@ -1,7 +1,7 @@
 """Write `.runpod/hub.json` and `.runpod/tests.json`: `python tools/hub.py`.
 
-Their form is that of RunPod's page *Hub publishing guide* (August 2026). The environment's inputs
-come from the worker's own settings; GPUs and CUDA from the deployment's.
+Their form follows RunPod's page *Hub publishing guide* (August 2026). The inputs for variables come
+from the worker's settings; GPUs and CUDA versions come from `heimdex-clip deploy`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
-from heimdex_clip_worker.deploy import LEFT_OUT, MIN_CUDA, POOLS
+from heimdex_clip_worker.cli.deploy import _EXCLUDED_GPUS, _GPU_POOLS, _MIN_CUDA
 from heimdex_clip_worker.settings import VARIABLES, Variable, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".runpod"
-CUDA = ["13.0", "12.9", "12.8"]  # what the platform has from MIN_CUDA on; here it takes no floor
-SHOWN = {"EMBEDDING_HMAC_SECRET", "ALLOWED_IMAGE_HOSTS"}  # the others are "advanced"
+CUDA = ["13.0", "12.9", "12.8"]  # from _MIN_CUDA on: the hub takes no lower bound
+BASIC = {"EMBEDDING_HMAC_SECRET", "ALLOWED_IMAGE_HOSTS"}  # the others are "advanced"
 
 
-def baked() -> set[str]:
-    """Return the variables that the image sets, and that an input's default would undo."""
+def image_variables() -> set[str]:
+    """List the variables that the image sets; the default of an input would override them."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^ENV (.+)$", text, re.MULTILINE)
     return {name for line in lines for name in re.findall(r"([A-Z][A-Z0-9_]*)[= ]", line)}
 
 
-def form(variable: Variable) -> dict[str, Any]:
-    """Return what kind of input a variable is, with its default."""
+def input_type(variable: Variable) -> dict[str, Any]:
+    """Describe the type and the default of a variable's input."""
     parse, default = variable.parse, variable.default
     if default is None:
         return {"type": "string", "required": True}
     if parse is flag:
-        said = {"trueValue": "true", "falseValue": "false"}
-        return {"type": "boolean", **said, "default": parse(default)}
+        values = {"trueValue": "true", "falseValue": "false"}
+        return {"type": "boolean", **values, "default": parse(default)}
     if hasattr(parse, "low"):
         bounds = {"min": parse.low, "max": parse.high}
         return {"type": "number", **bounds, "default": parse(default)}
@@ -46,24 +46,25 @@ def form(variable: Variable) -> dict[str, Any]:
 
 
 def inputs() -> list[dict[str, Any]]:
-    """Return an input for each of the worker's variables that the image leaves open."""
-    left = [variable for variable in VARIABLES.values() if variable.name not in baked()]
+    """Describe an input for each of the worker's variables that the image does not set."""
+    set_by_image = image_variables()
     return [
         {
             "key": variable.name,
             "input": {
                 "name": variable.name.replace("_", " ").capitalize(),
                 "description": variable.meaning.replace("`", ""),
-                **form(variable),
-                "advanced": variable.name not in SHOWN,
+                **input_type(variable),
+                "advanced": variable.name not in BASIC,
             },
         }
-        for variable in left
+        for variable in VARIABLES.values()
+        if variable.name not in set_by_image
     ]
 
 
 def hub() -> dict[str, Any]:
-    """Return the listing."""
+    """Build the listing."""
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     return {
@@ -75,7 +76,7 @@ def hub() -> dict[str, Any]:
             "runsOn": "GPU",
             "containerDiskInGb": 20,
             "gpuCount": 1,
-            "gpuIds": ",".join([*POOLS, *(f"-{name}" for name in LEFT_OUT)]),
+            "gpuIds": ",".join([*_GPU_POOLS, *(f"-{name}" for name in _EXCLUDED_GPUS)]),
             "allowedCudaVersions": CUDA,
             "env": inputs(),
         },
@@ -83,7 +84,7 @@ def hub() -> dict[str, Any]:
 
 
 def tests() -> dict[str, Any]:
-    """Return the hub's tests: static, so the one request that needs no signature."""
+    """Build the hub's tests: static files, so the one request that needs no signature."""
     secret = {"key": "EMBEDDING_HMAC_SECRET", "value": "of-the-hub-tests-and-nothing-else"}
     return {
         "tests": [{"name": "selftest", "input": {"selftest": True}, "timeout": 60_000}],
@@ -98,9 +99,9 @@ def tests() -> dict[str, Any]:
 
 def main() -> None:
     """Write both files."""
-    assert CUDA[-1] == MIN_CUDA
-    for name, told in {"hub.json": hub(), "tests.json": tests()}.items():
-        (FOLDER / name).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    assert CUDA[-1] == _MIN_CUDA
+    for name, content in {"hub.json": hub(), "tests.json": tests()}.items():
+        (FOLDER / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Build the image and let it answer: `make image-test` (root, 30 GB of disk, 10 to 30 minutes).
+"""Build the image and send it jobs: `make image-test` (root, 30 GB of disk, 10 to 30 minutes).
 
-Without a Docker engine: Debian's buildah builds the real Dockerfile, with chroot isolation, on a
-base that mmdebstrap makes. The weights are seeded ones, given as a closed network would give its
-own: as a checkpoint in weights/. Then the image runs as a platform would run it that trusts nobody:
-as its own user, without privileges, its root read-only, in a network namespace with nothing but a
-loopback, where a stand-in for the platform hands it signed jobs.
+It needs no Docker engine. Debian's buildah builds the real Dockerfile, with chroot isolation, on a
+base that mmdebstrap makes. The weights are seeded, and are a checkpoint in weights/, as on a closed
+network. Then the image runs with as few rights as possible: as its own user, without privileges,
+with a read-only root, in a network namespace that has only a loopback. There a stand-in for the
+platform sends it signed jobs.
 
     apt-get install buildah mmdebstrap
     make image-test [ARGS="--keep --base localhost/my-python:3.11"]
@@ -42,33 +42,33 @@ SITE = "opt/venv/lib/python3.11/site-packages"
 
 
 class Failed(Exception):
-    """The image is not what it must be."""
+    """The image fails a check."""
 
 
 def check(holds: object, what: str) -> None:
-    """Print what holds; raise Failed when it does not."""
+    """Print `what` if the check holds; raise Failed if not."""
     if not holds:
         raise Failed(what)
     print(f"  ok: {what}", flush=True)
 
 
 def run(*command: str, **options: object) -> str:
-    """Run a command and return what it printed; raise Failed with the end of that."""
+    """Run a command and return its output; raise Failed with the end of it."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         stdin=subprocess.DEVNULL, **options,
     )  # fmt: skip
     if done.returncode:
-        told = f"{' '.join(command)[:200]} ended with {done.returncode}:"
-        raise Failed(f"{told}\n{done.stdout[-3000:]}")
+        message = f"{' '.join(command)[:200]} ended with {done.returncode}:"
+        raise Failed(f"{message}\n{done.stdout[-3000:]}")
     return done.stdout
 
 
-# --- what is built from, and how ----------------------------------------------------------------
+# --- the build --------------------------------------------------------------------------------
 
 
 def make_base() -> None:
-    """Make a Debian with Python, and name it as the base image."""
+    """Make the base image: Debian with Python."""
     with tempfile.TemporaryDirectory(prefix="image-base-") as folder:
         tar = str(Path(folder, "base.tar"))
         run("mmdebstrap", "--variant=minbase", "--include=python3,python3-venv", "bookworm", tar)
@@ -81,7 +81,7 @@ def make_base() -> None:
 
 
 def make_context(folder: Path) -> None:
-    """Lay out what a fresh clone holds, and a checkpoint of seeded weights."""
+    """Copy what a fresh clone has, and add a checkpoint of seeded weights."""
     from seeded import seeded_state, write_checkpoint
 
     for name in run("git", "ls-files", cwd=ROOT).splitlines():
@@ -93,7 +93,7 @@ def make_context(folder: Path) -> None:
 
 
 def build(context: Path, base: str, tag: str, target: str = "", **arguments: str) -> str:
-    """Build the image as a user would, with this machine's way to the package index; its log."""
+    """Build the image as a user would, through this machine's package index; return the log."""
     command = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers"]
     for path in ("/etc/ssl/certs", "/etc/pip.conf"):
         if os.path.exists(path):
@@ -106,7 +106,7 @@ def build(context: Path, base: str, tag: str, target: str = "", **arguments: str
 
 @contextlib.contextmanager
 def mounted(image: str) -> Iterator[Path]:
-    """Yield where a container of an image is mounted."""
+    """Mount a container of an image and yield its folder."""
     container = run("buildah", "from", "--pull-never", image).strip()
     try:
         yield Path(run("buildah", "mount", container).strip())
@@ -116,28 +116,28 @@ def mounted(image: str) -> Iterator[Path]:
 
 
 def inspect(image: str) -> dict:
-    """Return the configuration that an image carries, with its `size` and its `layers`."""
-    told = json.loads(run("buildah", "inspect", "--type", "image", image))["OCIv1"]
+    """Read the configuration of an image, with its `size` and its `layers`."""
+    info = json.loads(run("buildah", "inspect", "--type", "image", image))["OCIv1"]
     images = json.loads(run("buildah", "images", "--json", image))
-    return told["config"] | {"size": images[0]["size"], "layers": told["rootfs"]["diff_ids"]}
+    return info["config"] | {"size": images[0]["size"], "layers": info["rootfs"]["diff_ids"]}
 
 
-# --- what is inside -----------------------------------------------------------------------------
+# --- its contents -------------------------------------------------------------------------------
 
 
 def megabytes(path: Path) -> int:
-    """Return what a folder takes on disk, MB."""
+    """Measure a folder on disk, in MB."""
     return int(run("du", "-s", "--block-size=1000000", str(path)).split()[0])
 
 
 def names(root: Path, *pattern: str) -> list[str]:
-    """Return what `find` finds below an image's root, relative to it."""
-    found = run("find", str(root), "-xdev", *pattern).splitlines()
-    return [str(Path(path).relative_to(root)) for path in found]
+    """Run `find` below an image's root; the paths are relative to it."""
+    paths = run("find", str(root), "-xdev", *pattern).splitlines()
+    return [str(Path(path).relative_to(root)) for path in paths]
 
 
 def look_inside(root: Path, config: dict) -> None:
-    """Check what is in the image, and that nothing is that should not be."""
+    """Check what is in the image, and what is not."""
     check(config["User"] not in ("", "root", "0"), f"its user is {config['User']}")
     check(config["Cmd"][:2] == ["python", "-u"], "its command is " + " ".join(config["Cmd"]))
     tools = r"gcc|cc|g\+\+|c\+\+|clang|ld|make|cmake|nvcc|ptxas|git|curl|wget|pip[0-9.]*"
@@ -163,7 +163,7 @@ def look_inside(root: Path, config: dict) -> None:
     print("  " + ", ".join(f"{p.relative_to(site)} {sizes[p]:,} MB" for p in largest))
 
 
-# --- the image at work, in a namespace of its own -----------------------------------------------
+# --- the running image, in a namespace of its own -----------------------------------------------
 
 
 def loopback_up() -> None:
@@ -174,9 +174,9 @@ def loopback_up() -> None:
 
 @contextlib.contextmanager
 def container(root: Path, config: dict, change: Path | None = None) -> Iterator[list[str]]:
-    """Yield how a command begins that runs in the image: read-only, unprivileged, as its user.
+    """Yield the words before a command that runs in the image: read-only, as its own user.
 
-    `change` is a folder of files that lie over the image's own.
+    `change` is a folder of files that replace files of the image.
     """
     place = Path(tempfile.mkdtemp(prefix="image-root-"))
     user = next(
@@ -202,8 +202,8 @@ def container(root: Path, config: dict, change: Path | None = None) -> Iterator[
         place.rmdir()
 
 
-def is_offline_and_unprivileged(begin: list[str]) -> None:
-    """Check that the namespaces hold what they promise."""
+def check_isolation(begin: list[str]) -> None:
+    """Check that the container can write nowhere, has no rights and no network."""
     code = """
 import os, socket
 print(os.getuid(), os.getgroups())
@@ -221,27 +221,27 @@ for attempt in (lambda: open("/opt/x", "w"), lambda: open("/tmp/x", "w"),
     check(lines[3] == "Network is unreachable", "it has no network")
 
 
-def bytecode_is_used(begin: list[str]) -> None:
-    """Check that everything a start imports comes compiled."""
-    code = "import heimdex_clip_worker.handler, heimdex_clip_worker.text, runpod"
-    told = run(*begin, "python", "-v", "-c", code)
-    loaded = [line.split("'")[1] for line in told.splitlines() if line.startswith("# code object")]
+def check_bytecode(begin: list[str]) -> None:
+    """Check that all modules that a start imports are compiled."""
+    code = "import heimdex_clip_worker.handler, heimdex_clip_worker.model.text, runpod"
+    log = run(*begin, "python", "-v", "-c", code)
+    loaded = [line.split("'")[1] for line in log.splitlines() if line.startswith("# code object")]
     compiled = [path for path in loaded if path.endswith(".pyc")]
     sources = sorted({path for path in loaded if not path.endswith(".pyc")})
     check(compiled and not sources, f"{len(compiled)} modules, all of them compiled {sources[:4]}")
-    check("import 'triton'" not in told, "nothing imports triton")
+    check("import 'triton'" not in log, "nothing imports triton")
     times = {"with its bytecode": [], "without": []}
     for _ in range(3):
         for kind, more in (("with its bytecode", []), ("without", ["PYTHONPYCACHEPREFIX=/none"])):
             start = time.perf_counter()
             run(*begin, *more, "python", "-c", code)
             times[kind].append(time.perf_counter() - start)
-    told = ", ".join(f"{kind} {statistics.median(t):.2f} s" for kind, t in times.items())
-    print(f"  importing all that a start imports: {told}")
+    shown = ", ".join(f"{kind} {statistics.median(t):.2f} s" for kind, t in times.items())
+    print(f"  importing all that a start imports: {shown}")
 
 
 class Worker:
-    """The image's own command, in the container; a context manager that always ends it."""
+    """The image's own command in the container; a context manager that ends it."""
 
     def __init__(self, begin: list[str], command: list[str], env: dict[str, str], log: Path):
         self.log, self.start = log, time.perf_counter()
@@ -261,30 +261,30 @@ class Worker:
         self.process.wait(10)
 
     def text(self) -> str:
-        """Return what it has printed."""
+        """Read the log."""
         return self.log.read_text(errors="replace")
 
 
 def ask(platform: object, job_input: dict) -> dict:
-    """Run a job to its end; return its output."""
+    """Run a job and return its output."""
     job = platform.runsync(job_input, wait_s=120)
     if job.get("status") != "COMPLETED":
-        raise Failed(f"the image answered {job.get('status')}: {job.get('error')}")
+        raise Failed(f"the job ended as {job.get('status')}: {job.get('error')}")
     return job["output"]
 
 
-def answers(begin: list[str], root: Path, config: dict, folder: Path) -> None:
-    """Check that the image answers signed jobs under the platform's loop, and how soon."""
+def check_replies(begin: list[str], root: Path, config: dict, folder: Path) -> None:
+    """Check that the image replies to signed jobs under the platform's loop; measure how soon."""
     from local_worker import SECRET, PhotoServer
 
     from heimdex_clip_worker.auth import sign
-    from heimdex_clip_worker.platform import PlatformServer
+    from heimdex_clip_worker.emulator.server import EmulatorServer
 
     golden = json.loads((root / "opt/clip/manifest.json").read_text())["manifest"]["golden"]
     golden = {photo["name"]: photo["row"] for photo in golden["photos"]}
     seconds = []
     for number in range(4):
-        with PhotoServer() as photos, PlatformServer() as platform:
+        with PhotoServer() as photos, EmulatorServer() as platform:
             url, now = photos.photo("chelsea.jpg"), int(time.time())
             job = {"image_url": url, "auth": sign(url, secret=SECRET, ts=now)}
             env = platform.worker_env() | {"EMBEDDING_HMAC_SECRET": SECRET}
@@ -294,18 +294,18 @@ def answers(begin: list[str], root: Path, config: dict, folder: Path) -> None:
                     output = ask(platform, job)
                     seconds.append(time.perf_counter() - worker.start)
                     if number == 0:
-                        told = vector_and_text(platform, output, golden["chelsea.jpg"])
+                        facts = check_vector_and_text(platform, output, golden["chelsea.jpg"])
                 except Failed as error:
                     raise Failed(f"{error}\n{worker.text()[-3000:]}") from None
-                said = next(line for line in worker.text().splitlines() if "Fit to serve" in line)
-    print(f"  {told}\n  {said}")
-    check(len(seconds) == 4, "it answers a signed image and a signed text, offline")
+                fit = next(line for line in worker.text().splitlines() if "Fit to serve" in line)
+    print(f"  {facts}\n  {fit}")
+    check(len(seconds) == 4, "it replies to a signed image and a signed text, offline")
     first, warm = seconds[0], statistics.median(seconds[1:])
-    print(f"  start to first answer: {first:.2f} s the first time, {warm:.2f} s then (median of 3)")
+    print(f"  start to first reply: {first:.2f} s the first time, {warm:.2f} s then (median of 3)")
 
 
-def vector_and_text(platform: object, output: dict, golden: str) -> str:
-    """Check a vector against the golden one, and that a text comes out of the same space."""
+def check_vector_and_text(platform: object, output: dict, golden: str) -> str:
+    """Compare a vector with the golden one, and check that a text is in the same space."""
     from local_worker import SECRET
 
     from heimdex_clip_worker.auth import new_nonce, sign_v2
@@ -314,23 +314,23 @@ def vector_and_text(platform: object, output: dict, golden: str) -> str:
     turned = 1 - math.fsum(a * b for a, b in zip(row, output["embedding"], strict=True))
     check(turned < 6e-4, f"its vector is the golden one: 1 - cosine {turned:.1e}")
     now, text = int(time.time()), {"text": "a photo of a cat"}
-    said = {"kid": "v1", "secret": SECRET, "audience": "heimdex-clip"}
-    auth = sign_v2(text, **said, ts=now, exp=now + 300, nonce=new_nonce())
+    signing = {"kid": "v1", "secret": SECRET, "audience": "heimdex-clip"}
+    auth = sign_v2(text, **signing, ts=now, exp=now + 300, nonce=new_nonce())
     words = ask(platform, {**text, "auth": auth})
     check((words["dim"], words["space_id"]) == (512, output["space_id"]), "texts share its space")
     return f"space {output['space_id']}, {output['pretrained']}"
 
 
-def tests_itself(begin: list[str]) -> None:
-    """Check that the job which needs no caller, no network and no signature is answered."""
+def check_selftest(begin: list[str]) -> None:
+    """Check the job that needs no caller, no network and no signature."""
     env = ["EMBEDDING_HMAC_SECRET=of-this-step-and-nothing-else"]
     job = ["--test_input", json.dumps({"input": {"selftest": True}})]
     run(*begin, *env, "python", "-u", "-m", "heimdex_clip_worker.handler", *job)
     check(True, "it passes its selftest")
 
 
-def refuses_damage(root: Path, config: dict, folder: Path) -> None:
-    """Check that an artifact that was tampered with stops the worker, in one line."""
+def check_damage(root: Path, config: dict, folder: Path) -> None:
+    """Check that a changed artifact stops the worker, with one line."""
     from local_worker import SECRET
 
     weights = bytearray((root / "opt/clip/image.safetensors").read_bytes())
@@ -348,23 +348,23 @@ def refuses_damage(root: Path, config: dict, folder: Path) -> None:
         check(status == 1 and len(lines) == 1 and "damaged" in lines[0], f"{name}: {lines}")
 
 
-def at_work(root: Path, config: dict) -> None:
-    """Do everything that needs the image to run; called in namespaces of our own."""
+def check_at_work(root: Path, config: dict) -> None:
+    """Make all checks that run the image; called in namespaces of our own."""
     loopback_up()
     with tempfile.TemporaryDirectory(prefix="image-work-") as name:
         with container(root, config) as begin:
-            is_offline_and_unprivileged(begin)
-            bytecode_is_used(begin)
-            tests_itself(begin)
-            answers(begin, root, config, Path(name))
-        refuses_damage(root, config, Path(name))
+            check_isolation(begin)
+            check_bytecode(begin)
+            check_selftest(begin)
+            check_replies(begin, root, config, Path(name))
+        check_damage(root, config, Path(name))
 
 
 # --- all of it ----------------------------------------------------------------------------------
 
 
-def rebuilt(context: Path, base: str) -> None:
-    """Check that a change of the code makes one layer anew, and reinstalls and bakes nothing."""
+def check_rebuild(context: Path, base: str) -> None:
+    """Check that a change of the code makes one new layer, and reinstalls and bakes nothing."""
     handler = context / "heimdex_clip_worker" / "handler.py"
     handler.write_text(handler.read_text() + "\n# changed\n")
     start = time.perf_counter()
@@ -378,8 +378,8 @@ def rebuilt(context: Path, base: str) -> None:
     check(kept == [*[True] * (len(before) - 1), False], f"only the code's layer is new: {kept}")
 
 
-def refuses_unknown_weights(context: Path, base: str) -> None:
-    """Check that there is no image without the weights that were asked for."""
+def check_unknown_weights(context: Path, base: str) -> None:
+    """Check that unknown weights give no image."""
     for wrong in ("no-such-tag", "weights/nowhere.safetensors", "openai"):
         try:
             build(context, base, IMAGE + "-wrong", target="weights", CLIP_PRETRAINED=wrong)
@@ -390,17 +390,24 @@ def refuses_unknown_weights(context: Path, base: str) -> None:
         else:
             check(wrong == "openai", f"no image of {wrong}")
             print("  the hub was reached: the real weights were baked")
+    try:
+        other = {"CLIP_PRETRAINED": CHECKPOINT, "CLIP_SHA256": "0" * 64}
+        build(context, base, IMAGE + "-wrong", target="weights", **other)
+    except Failed as failed:
+        check(f"{'0' * 64} is pinned" in str(failed), "no image of weights with another digest")
+    else:
+        raise Failed("an image of weights with another digest than the given one")
 
 
 def remove(*images: str) -> None:
-    """Remove images that this run made, and what was built on the way to them."""
+    """Remove the images that this run made, and their intermediate layers."""
     for image in images:
         subprocess.run(["buildah", "rmi", "--force", image], capture_output=True)
     subprocess.run(["buildah", "rmi", "--prune"], capture_output=True)
 
 
 def image_test(base: str | None, keep: bool) -> None:
-    """Do all of it; raise Failed."""
+    """Build the image and make all checks; raise Failed."""
     if not base:
         print("The base: Debian's Python, by mmdebstrap", flush=True)
         start = time.perf_counter()
@@ -421,16 +428,16 @@ def image_test(base: str | None, keep: bool) -> None:
             command = ["unshare", "--net", "--mount", "--propagation", "private", sys.executable]
             command += [__file__, "--inside", str(root), "--config", json.dumps(config)]
             if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-                raise Failed("the image does not work: see above")
+                raise Failed("the image failed a check: see above")
         print("Built again, and with other weights", flush=True)
-        rebuilt(context, base or BASE)
-        refuses_unknown_weights(context, base or BASE)
+        check_rebuild(context, base or BASE)
+        check_unknown_weights(context, base or BASE)
     if not keep:
         remove(IMAGE, IMAGE + "-changed", IMAGE + "-wrong", *([] if base else [BASE]))
 
 
 def main() -> int:
-    """Return 0 when the image is as it must be, 1 when not, 2 when it cannot be tried here."""
+    """Exit with 0 if all checks pass, 1 if one fails, 2 if this machine cannot build the image."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", help="a base image to build on, instead of one made here")
     parser.add_argument("--keep", action="store_true", help="leave the images in buildah's storage")
@@ -446,7 +453,7 @@ def main() -> int:
         return 2
     try:
         if args.inside:
-            at_work(args.inside, args.config)
+            check_at_work(args.inside, args.config)
         else:
             image_test(args.base, args.keep)
     except Failed as failed:

@@ -1,7 +1,7 @@
-"""Write requirements.txt and requirements-dev.txt from settings.ini: exact pins with hashes.
+"""Write the requirements files from settings.ini: exact pins with hashes.
 
-Run by `make lock`, which provides uv. The locks are universal: environment markers pick, for each
-Python from the oldest supported one on, the newest versions that still support it.
+`make lock` runs it and provides uv. The locks are universal: for each Python from the oldest
+supported one on, environment markers select the newest versions that still support it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ELSEWHERE = {"pywinpty", "colorama", "appnope", "brotlicffi", "httpx2-jsfetch"}  # unless unmarked
+ELSEWHERE = {"pywinpty", "colorama", "appnope", "brotlicffi", "httpx2-jsfetch"}  # with a marker
 
 HEAD = """\
 # Written by `make lock` from settings.ini; do not edit. {what}
@@ -22,32 +22,32 @@ HEAD = """\
 
 
 def wanted(*keys: str) -> str:
-    """Return the requirements listed in settings.ini under `keys`, a line each."""
+    """List the requirements in settings.ini under `keys`, one for each line."""
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     return "\n".join(config["DEFAULT"][key] for key in keys)
 
 
 def pin(block: str) -> str:
-    """Return `name==version`, with its marker if it has one, without the hashes."""
+    """Read `name==version`, with its marker if there is one, without the hashes."""
     return block.splitlines()[0].rstrip("\\ ")
 
 
 def plain(block: str) -> str:
-    """Return `name==version`, without its extras and its marker."""
+    """Read `name==version`, without its extras and its marker."""
     return re.sub(r"\[.*?\]", "", pin(block).split(" ;")[0])
 
 
-def elsewhere(block: str) -> bool:
-    """Tell whether a pin is only for systems or interpreters other than CPython on Linux."""
+def is_elsewhere(block: str) -> bool:
+    """True if a pin is only for systems or interpreters other than CPython on Linux."""
     return " ; " in pin(block) and block.split("==")[0] in ELSEWHERE
 
 
-def both(block: str) -> list[str]:
-    """Return a pin of `name[extra]` beside one of `name`.
+def with_and_without_extras(block: str) -> list[str]:
+    """Add a pin of `name` to one of `name[extra]`.
 
-    For pip 23 these are two things: it takes the newest version of the one that is not pinned,
-    finds no hash for it, and stops.
+    To pip 23 these are two things. If one is not pinned, pip takes its newest version, finds no
+    hash for it, and stops.
     """
     name, extras, rest = re.match(r"([^\[=]+)(\[.*?\])?(.*)", block, re.DOTALL).groups()
     return [block, name + rest] if extras else [block]
@@ -67,7 +67,8 @@ def compile_lock(
         command, input=requirements, text=True, stdout=subprocess.PIPE, check=True
     )
     blocks = re.split(r"\n(?=\S)", done.stdout.strip())
-    return [one for block in blocks if not elsewhere(block) for one in both(block)]
+    kept = [block for block in blocks if not is_elsewhere(block)]
+    return [one for block in kept for one in with_and_without_extras(block)]
 
 
 def write(path: Path, blocks: list[str], what: str, first: str = "") -> None:
@@ -78,14 +79,19 @@ def write(path: Path, blocks: list[str], what: str, first: str = "") -> None:
 
 
 def main() -> None:
-    """Write both locks; the second one adds to the first and agrees with it."""
+    """Write the locks; the second adds to the first, and all agree."""
     image, dev = ROOT / "requirements.txt", ROOT / "requirements-dev.txt"
     blocks = compile_lock(wanted("requirements", "worker_requirements", "build_requirements"))
     write(image, blocks, "What the image installs.")
     have = {pin(block) for block in blocks} | {plain(block) for block in blocks}
-    more = compile_lock(wanted("backfill_requirements", "dev_requirements"), constraint=image)
+    dev_keys = ("backfill_requirements", "explore_requirements")
+    dev_keys += ("check_requirements", "dev_requirements")
+    more = compile_lock(wanted(*dev_keys), constraint=image)
     more = [block for block in more if not {pin(block), pin(block).split(" ;")[0]} & have]
     write(dev, more, "What notebooks and tests need besides.", first="-r requirements.txt\n")
+    check_keys = ("requirements", "backfill_requirements", "check_requirements")
+    quick = compile_lock(wanted(*check_keys, "build_requirements"), constraint=dev)
+    write(ROOT / "requirements-check.txt", quick, "What `make check` needs, without torch.")
 
 
 if __name__ == "__main__":

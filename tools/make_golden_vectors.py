@@ -1,62 +1,66 @@
 """Write heimdex_clip_worker/vectors/seeded.json: open_clip's own vectors with seeded weights.
 
     python tools/make_golden_vectors.py           # write the file
-    python tools/make_golden_vectors.py --check   # say whether it would be written as it is
+    python tools/make_golden_vectors.py --check   # compare the file with what would be written
 
-Needed again only when a photograph or a text is added, or the seeded weights change. Numbers differ
-in their last digits between machines, so `--check` compares within 1e-5.
+Run it when a photograph or a text is added, or the seeded weights change. The last digits differ
+between machines, so `--check` compares within 1e-5.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from importlib.metadata import version
 from typing import Any
 
-from heimdex_clip_worker.artifact import drift, row_of, text_of, weights_digest
-from heimdex_clip_worker.golden import FILE, MODEL, photographs, reference, seeded_state
+from heimdex_clip_worker.model import golden
+from heimdex_clip_worker.model.artifact import weights_digest
+from heimdex_clip_worker.model.golden import FILE, row_from_text, row_to_text
+from heimdex_clip_worker.model.photos import photographs
+from heimdex_clip_worker.model.weights import file_digest
 
 
-def made() -> dict[str, Any]:
-    """Return what the file says."""
-    state = seeded_state()
-    rows = reference(state)
-    told = {
+def make() -> dict[str, Any]:
+    """Compute the content of the file."""
+    state = golden.seeded_state()
+    content = {
         "about": "open_clip's unit vectors, float32 in base64, of the weights of `seeded_state`",
-        "model": MODEL,
+        "model": golden._MODEL,
         "activation": "quickgelu",
         "weights": weights_digest(state),
         "made_with": {name: version(name) for name in ("open_clip_torch", "torch", "pillow")},
-        "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in photographs()},
+        "sha256": {path.name: file_digest(path) for path in photographs()},
     }
-    return told | {kind: {k: text_of(row) for k, row in rows[kind].items()} for kind in rows}
+    for kind, rows in golden.reference(state).items():
+        content[kind] = {key: row_to_text(row) for key, row in rows.items()}
+    return content
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return which vectors are not those of the other one."""
+    """List the vectors that differ."""
+
+    def differ(kind: str, key: str) -> bool:
+        if key not in one[kind] or key not in other[kind]:
+            return True
+        row, golden_row = (row_from_text(content[kind][key])[None] for content in (one, other))
+        return golden.drift(row, golden_row) > 1e-5
+
     pairs = [(kind, key) for kind in ("photos", "texts") for key in one[kind] | other[kind]]
-    return [
-        f"{kind}: {key[:60]}"
-        for kind, key in pairs
-        if key not in one[kind]
-        or key not in other[kind]
-        or drift(row_of(one[kind][key])[None], row_of(other[kind][key])[None]) > 1e-5
-    ]
+    return [f"{kind}: {key[:60]}" for kind, key in pairs if differ(kind, key)]
 
 
 def main(argv: list[str]) -> int:
     """Write the file, or check it; return the exit status."""
-    told = made()
+    content = make()
     if argv == ["--check"]:
-        differ = differences(told, json.loads(FILE.read_text(encoding="utf-8")))
-        print(*(differ or [f"{FILE.name} is as it would be written"]), sep="\n")
-        return 1 if differ else 0
+        changed = differences(content, json.loads(FILE.read_text(encoding="utf-8")))
+        print(*(changed or [f"{FILE.name} is as it would be written"]), sep="\n")
+        return 1 if changed else 0
     FILE.parent.mkdir(exist_ok=True)
-    text = json.dumps(told, indent=1, ensure_ascii=False)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     FILE.write_text(text + "\n", encoding="utf-8")
-    print(f"{FILE.name}: {len(told['photos'])} photographs, {len(told['texts'])} texts")
+    print(f"{FILE.name}: {len(content['photos'])} photographs, {len(content['texts'])} texts")
     return 0
 
 

@@ -1,9 +1,9 @@
 """Write test_vectors.json: signatures that a signer in any language must agree with.
 
     python -m tools.make_test_vectors            writes the file at the top of the repository
-    python -m tools.make_test_vectors --check    says whether it is up to date (exit status 1: no)
+    python -m tools.make_test_vectors --check    checks whether it is up to date (1: it is not)
 
-Nothing in it depends on the clock or on chance. The secrets are examples and open nothing.
+Its content never depends on the clock or on chance. The secrets are examples.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CANONICAL: dict[str, Any] = {
     "eight levels": [[[[[[[[]]]]]]]],
 }
 
-# JSON texts: as values, some parsers could not carry them through this file unchanged.
+# JSON texts, because some parsers would change the values while reading this file.
 NOT_CANONICAL = {
     "a fraction": '{"x":0.5}',
     "a whole number written as a float": '{"x":1.0}',
@@ -90,7 +90,7 @@ V2: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def verdict(job_input: Any, now: int) -> str:
-    """Return how `verify` ends: "OK" or a wire code."""
+    """Verify a job: "OK", or the code of the error."""
     try:
         auth.verify(job_input, keyring=KEYRING, now=now)
     except AuthFailed as error:
@@ -99,7 +99,7 @@ def verdict(job_input: Any, now: int) -> str:
 
 
 def v1_vector(name: str, url: str, ts: int) -> dict[str, Any]:
-    """Return one version 1 signature with everything that went into it."""
+    """Make one version 1 signature with all its inputs."""
     message = auth.message_v1(url, ts).decode()
     signed = auth.sign(url, secret=V1_SECRET, ts=ts)
     return {
@@ -113,35 +113,35 @@ def v1_vector(name: str, url: str, ts: int) -> dict[str, Any]:
 
 
 def v2_vector(name: str, kid: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Return one version 2 signature with everything that went into it."""
-    said = {"kid": kid, "audience": AUDIENCE, "ts": NOW, "exp": NOW + 900, "nonce": NONCE}
+    """Make one version 2 signature with all its inputs."""
+    claims = {"kid": kid, "audience": AUDIENCE, "ts": NOW, "exp": NOW + 900, "nonce": NONCE}
     secret = KEYRING.secret(kid)
     return {
         "name": name,
         "input": job,
-        **said,
+        **claims,
         "secret": secret,
         "input_sha256": hashlib.sha256(auth.canonical(job)).hexdigest(),
-        "message": auth.message_v2(job, **said).decode(),
-        "auth": auth.sign_v2(job, secret=secret, **said),
+        "message": auth.message_v2(job, **claims).decode(),
+        "auth": auth.sign_v2(job, secret=secret, **claims),
     }
 
 
 def verify_vectors() -> list[dict[str, Any]]:
-    """Return whole jobs with the clock and the verdict, most of them refused."""
+    """Make whole jobs with the worker's clock and its verdict; most are refused."""
     v1_auth = auth.sign(URL, secret=V1_SECRET, ts=NOW)
     one = {"image_url": URL, "auth": v1_auth}
-    said = {
+    claims = {
         "secret": KEYS["2026-11"],
         "kid": "2026-11",
         "audience": AUDIENCE,
         "nonce": NONCE,
         "ts": NOW,
     }
-    two = {"image_url": URL, "auth": auth.sign_v2({"image_url": URL}, exp=NOW + 900, **said)}
+    two = {"image_url": URL, "auth": auth.sign_v2({"image_url": URL}, exp=NOW + 900, **claims)}
     v2_auth = two["auth"]
-    day = auth.sign_v2({"image_url": URL}, exp=NOW + 86_400, **said)
-    abroad = auth.sign_v2({"image_url": URL}, exp=NOW + 900, **{**said, "audience": "other"})
+    day = auth.sign_v2({"image_url": URL}, exp=NOW + 86_400, **claims)
+    abroad = auth.sign_v2({"image_url": URL}, exp=NOW + 900, **{**claims, "audience": "other"})
     rows: list[tuple[str, Any, int]] = [
         ("version 1", one, NOW),
         (
@@ -178,7 +178,7 @@ def verify_vectors() -> list[dict[str, Any]]:
 
 
 def make() -> dict[str, Any]:
-    """Return the whole file as plain values."""
+    """Make the content of the file."""
     return {
         "about": ABOUT,
         "worker": {
@@ -205,12 +205,12 @@ def make() -> dict[str, Any]:
 
 
 def render() -> str:
-    """Return the file's text: ASCII only, so that no editor can change a character of it."""
+    """Write the content as text: ASCII only, so that no editor changes a character."""
     return json.dumps(make(), indent=1) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the file, or check it; return the exit status."""
+    """Write or check the file; return the exit status."""
     parser = argparse.ArgumentParser(description="Write test_vectors.json.")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if out of date"

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Set up .venv: `tools/setup.sh worker` for what the image has, `tools/setup.sh dev` for everything.
+# Set up .venv: `tools/setup.sh worker` for what the image has, `tools/setup.sh dev` for everything;
+# or .venv-check: `tools/setup.sh check` for the quick check, without torch.
 # Run by make, which calls it only when a requirement file has changed.
 set -eu
 cd "$(dirname "$0")/.."
@@ -7,6 +8,7 @@ cd "$(dirname "$0")/.."
 role=$1
 python=${PYTHON:-python3}
 venv=.venv
+[ "$role" = check ] && venv=.venv-check
 unfinished=$venv/.unfinished
 
 say() { printf '%s\n' "$*" >&2; }
@@ -48,8 +50,12 @@ case $role in
         requirements=requirements-dev.txt
         say "Installing $requirements into $venv. The first time takes about a minute."
         ;;
+    check)
+        requirements=requirements-check.txt
+        say "Installing $requirements into $venv. The first time takes about a minute."
+        ;;
     *)
-        say "usage: tools/setup.sh worker|dev"
+        say "usage: tools/setup.sh worker|dev|check"
         exit 2
         ;;
 esac
@@ -58,7 +64,7 @@ esac
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 : >"$unfinished"
 "$venv/bin/python" -m pip install -qq -r "$requirements"
-if [ "$role" = worker ]; then
+if [ "$role" != dev ]; then
     "$venv/bin/python" -m pip install -qq --no-build-isolation --no-deps -e .
 fi
 rm -f "$unfinished"

@@ -1,6 +1,6 @@
 """AVIF files that no encoder writes: boxes by hand around AV1 that an encoder made.
 
-An item is its kind, its bytes, its properties, and where the boxes say that its bytes are.
+An item has a kind, bytes, properties, and the places that the boxes declare for its bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ ALPHA = b"auxC" + bytes(4) + b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0"
 
 
 def box(*parts: bytes) -> bytes:
-    """Return a box of its kind and body."""
+    """Make a box of its kind and body."""
     return struct.pack(">I", 4 + sum(map(len, parts))) + b"".join(parts)
 
 
 def ispe(width: int, height: int) -> bytes:
-    """Return the property that tells a size."""
+    """Make the property that declares a size."""
     return b"ispe" + struct.pack(">3I", 0, width, height)
 
 
@@ -40,7 +40,7 @@ class Item:
 
 @functools.cache
 def coded(size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> Item:
-    """Return `picture()` in AV1; options are Pillow's."""
+    """Encode `picture()` in AV1; options are Pillow's."""
     data = im.saved(im.picture(mode, size), "AVIF", speed=10, **options)
     at = data.index(b"av1C") + 4
     config = b"av1C" + data[at : at + 4]
@@ -48,12 +48,12 @@ def coded(size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> Ite
 
 
 def sized(item: Item, width: int, height: int) -> Item:
-    """Return the item with another size in its boxes."""
+    """Make a copy of an item that declares another size."""
     return Item(item.kind, item.data, (ispe(width, height), *item.properties[1:]))
 
 
 def grid(rows: int, columns: int, width: int, height: int) -> Item:
-    """Return a grid's own item."""
+    """Make a grid's own item."""
     data = struct.pack(">4B2I", 0, 1, rows - 1, columns - 1, width, height)
     return Item(b"grid", data, (ispe(width, height),))
 
@@ -66,7 +66,7 @@ def avif(
     more: bytes = b"",  # boxes in meta, before the others
     behind: bytes = b"",  # boxes behind everything
 ) -> bytes:
-    """Return an AVIF; equal bytes are there once."""
+    """Make an AVIF in which equal bytes are stored once."""
     kinds = [
         box(b"infe", struct.pack(">IIH4sx", 3 << 24, number, 0, item.kind))
         for number, item in enumerate(items, 1)
@@ -89,14 +89,14 @@ def avif(
     owners = struct.pack(">II", 1 << 24 | 1, len(items))
 
     def iloc(start: int) -> bytes:
-        found = [struct.pack(">IBBI", 2 << 24, 0x44, 0, len(items))]
+        table = [struct.pack(">IBBI", 2 << 24, 0x44, 0, len(items))]
         for number, item in enumerate(items, 1):
             before = bodies[item.method]
             at = sum(map(len, before[: before.index(item.data)])) + start * (item.method == 0)
             extents = ((0, len(item.data)),) if item.extents is None else item.extents
-            found.append(struct.pack(">IHHH", number, item.method, 0, len(extents)))
-            found += [struct.pack(">II", at + offset, length) for offset, length in extents]
-        return box(b"iloc", *found)
+            table.append(struct.pack(">IHHH", number, item.method, 0, len(extents)))
+            table += [struct.pack(">II", at + offset, length) for offset, length in extents]
+        return box(b"iloc", *table)
 
     def meta(start: int) -> bytes:
         return box(
@@ -115,7 +115,7 @@ def avif(
 
 
 def mosaic(rows: int, columns: int, cell: Item, **options) -> bytes:
-    """Return a grid that shows one cell again and again."""
+    """Make a grid that shows one cell again and again."""
     width, height = struct.unpack(">2I", cell.properties[0][8:])
     head = grid(rows, columns, columns * width, rows * height)
     cells = [cell] * (rows * columns)
@@ -123,7 +123,7 @@ def mosaic(rows: int, columns: int, cell: Item, **options) -> bytes:
 
 
 def flat(size: tuple[int, int], **options) -> Item:
-    """Return one grey in AV1: a large picture of few bytes."""
+    """Encode a single grey in AV1: a large picture of few bytes."""
     data = im.saved(Image.new("RGB", size, (90, 90, 90)), "AVIF", speed=10, **options)
     at = data.index(b"av1C") + 4
     config = b"av1C" + data[at : at + 4]
@@ -134,28 +134,44 @@ def flat(size: tuple[int, int], **options) -> Item:
 
 
 def bits(*fields: str) -> bytes:
-    """Return fields of binary digits as bytes, filled up with zeros."""
+    """Pack fields of binary digits into bytes, padded with zeros."""
     text = "".join(fields)
     return int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8), "big")
 
 
 def unit(kind: int, data: bytes) -> bytes:
-    """Return a unit (OBU): 1 a sequence header, 6 a frame, 15 padding."""
+    """Make a unit (OBU): 1 a sequence header, 6 a frame, 15 padding."""
     low, high = len(data) & 0x7F, len(data) >> 7
     return bytes([kind << 3 | 2] + ([low | 0x80, high] if high else [low])) + data
 
 
-def long_sequence(width: int, height: int) -> bytes:
-    """Return a sequence header with every choice left to the frames, and 16 bits for a side."""
+def long_sequence(width: int, height: int, timing: str = "0") -> bytes:
+    """Make a sequence header that leaves every choice to the frames, with 16 bits for a side."""
     size = f"{width - 1:016b}{height - 1:016b}"
-    timing, points, level = "00", "00000" + "0" * 12, "00111"
+    timing, points, level = timing + "0", "00000" + "0" * 12, "00111"
     tools = ("0", "000", "0000", "0", "1", "1", "000")  # no frame numbers, nothing, screen: ask
     colour = ("0", "0", "0", "0", "00", "0")  # 8 bits, not grey, undescribed, 4:2:0
     fields = ("000", "0", "0", timing, points, level, "1" * 8, size, *tools, *colour, "0", "1")
     return unit(1, bits(*fields))
 
 
+def equal_intervals(zeros: int) -> str:
+    """Make the timing of pictures that follow each other after 2 ** zeros ticks or more."""
+    ticks = "1" + "0" * zeros + "1" + ("10" * zeros)[:zeros]
+    return "1" + f"{1:032b}{25:032b}" + ticks + "0"  # and no model of a decoder
+
+
+def film(data: bytes) -> bytes:
+    """Take the still picture out of a film: its track stays, and the box meta goes."""
+    return data.replace(b"meta", b"free", 1)
+
+
+def without_primary(data: bytes) -> bytes:
+    """Take out the box that names the still picture of a film."""
+    return data.replace(b"pitm", b"free", 1)
+
+
 def frame_of_its_own_size(width: int, height: int) -> bytes:
-    """Return a key frame for `long_sequence` that brings its size, of nothing but zeros."""
+    """Make a key frame of zeros for `long_sequence` that has a size of its own."""
     size = f"{width - 1:016b}{height - 1:016b}"
     return unit(6, bits("0", "00", "1", "0", "0", "1", size) + bytes(200))

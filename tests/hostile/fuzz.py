@@ -1,7 +1,7 @@
-"""Mutated images against `decode.decode`: `python tests/hostile/fuzz.py --count 1000000 --seed 7`.
+"""Decode mutated images: `python tests/hostile/fuzz.py --count 1000000 --seed 7`.
 
-Only a picture or a declared code may come out, within the budget of CPU. What fails is written to
-`regressions/`, which the suite replays for ever; a crash of the process leaves its seed and number.
+Each must end in an image or a declared code, within its CPU budget. An input that does not is
+written to `regressions/`, which the suite replays in every run. So is one that crashes the process.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ if __name__ == "__main__":
 import avifs as av  # noqa: E402
 import images as im  # noqa: E402
 
-from heimdex_clip_worker.decode import PixelLimits, decode  # noqa: E402
 from heimdex_clip_worker.errors import (  # noqa: E402
     DecodeFailed,
     ImageLimits,
     UnsupportedFormat,
 )
+from heimdex_clip_worker.serving.decode import PixelLimits, decode  # noqa: E402
 
 REGRESSIONS = HERE / "regressions"
-LIMITS = PixelLimits(max_pixels=250_000, max_side=2048)  # small ones, for many images a second
+LIMITS = PixelLimits(max_pixels=250_000, max_side=2048)  # small, for many images a second
 DECLARED = (DecodeFailed, ImageLimits, UnsupportedFormat)
 SLOW_S = 2.0
 VALUES = (0, 1, 2, 0x7F, 0x80, 0xC0, 0xC2, 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE1, 0xFE, 0xFF)
 
 
 def seeds() -> list[bytes]:
-    """Return honest small files of every format and kind."""
+    """Make small valid files of every format and kind."""
     size = (24, 16)
     rgb, rgba, grey = (im.picture(mode, size) for mode in ("RGB", "RGBA", "L"))
-    found = [
+    files = [
         im.saved(im.picture(mode, size), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")
     ]
-    found += [im.saved(rgb, "JPEG", **o) for o in ({}, {"progressive": True}, {"subsampling": 0})]
-    found += [im.saved(im.picture("CMYK", size), "JPEG"), im.saved(grey, "JPEG")]
-    found += [im.saved(rgb, "WEBP"), im.saved(rgba, "WEBP"), im.saved(rgba, "WEBP", lossless=True)]
-    found += [im.saved(rgb, "AVIF", speed=10), im.saved(rgba, "AVIF", speed=10)]
-    found += [im.saved(im.picture("P", size), "GIF", interlace=i) for i in (0, 1)]
-    found += [im.animation(format, 2, size) for format in ("PNG", "GIF", "WEBP", "AVIF")]
-    found += [im.interlaced_picture(size)[0], im.png16("RGBA", size)[0], im.scan_bomb(5, size)]
+    files += [im.saved(rgb, "JPEG", **o) for o in ({}, {"progressive": True}, {"subsampling": 0})]
+    files += [im.saved(im.picture("CMYK", size), "JPEG"), im.saved(grey, "JPEG")]
+    files += [im.saved(rgb, "WEBP"), im.saved(rgba, "WEBP"), im.saved(rgba, "WEBP", lossless=True)]
+    files += [im.saved(rgb, "AVIF", speed=10), im.saved(rgba, "AVIF", speed=10)]
+    files += [im.saved(im.picture("P", size), "GIF", interlace=i) for i in (0, 1)]
+    files += [im.animation(format, 2, size) for format in ("PNG", "GIF", "WEBP", "AVIF")]
+    files += [im.interlaced_picture(size)[0], im.png16("RGBA", size)[0], im.scan_bomb(5, size)]
     return [
-        *found,
+        *files,
         im.saved(im.picture("I;16", size), "PNG"),
         im.riff(im.vp8x((64, 48)), im.webp_stream()),
         av.mosaic(1, 2, av.coded((64, 64))),
@@ -64,7 +64,7 @@ def seeds() -> list[bytes]:
 
 
 def repaired(data: bytes) -> bytes:
-    """Return a PNG with every check sum right, so that what lies behind them is reached."""
+    """Correct every checksum of a PNG, so that the decoder reads what they protect."""
     parts, at = [data[:8]], 8
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
@@ -75,39 +75,39 @@ def repaired(data: bytes) -> bytes:
     return b"".join([*parts, data[at:]])
 
 
-def mutated(data: bytes, other: bytes, choose: random.Random) -> bytes:
-    """Return `data` with one to six changes."""
-    found = bytearray(data)
-    for _ in range(choose.choice((1, 1, 1, 2, 3, 6))):
-        at, kind = choose.randrange(len(found) or 1), choose.randrange(8)
-        if choose.random() < 0.4:  # headers matter most
-            at = min(at, choose.randrange(120))
-        length = choose.choice((1, 2, 4, 16, 64))
-        if kind == 0 and found:
-            found[min(at, len(found) - 1)] ^= 1 << choose.randrange(8)
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Change `data` in one to six places; mix in parts of `other`."""
+    result = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        at, kind = rng.randrange(len(result) or 1), rng.randrange(8)
+        if rng.random() < 0.4:  # headers matter most
+            at = min(at, rng.randrange(120))
+        length = rng.choice((1, 2, 4, 16, 64))
+        if kind == 0 and result:
+            result[min(at, len(result) - 1)] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            found[at : at + 1] = bytes([choose.choice(VALUES)])
+            result[at : at + 1] = bytes([rng.choice(VALUES)])
         elif kind == 2:
-            found[at : at + length] = choose.randbytes(length)
+            result[at : at + length] = rng.randbytes(length)
         elif kind == 3:
-            del found[at : at + length]
+            del result[at : at + length]
         elif kind == 4:
-            found[at:at] = found[at : at + length] * choose.choice((1, 2, 30))
+            result[at:at] = result[at : at + length] * rng.choice((1, 2, 30))
         elif kind == 5:
-            found[at : at + 4] = choose.choice(
+            result[at : at + 4] = rng.choice(
                 (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1)
-            ).to_bytes(4, choose.choice(("big", "little")))
+            ).to_bytes(4, rng.choice(("big", "little")))
         elif kind == 6:
-            start = choose.randrange(len(other))
-            found[at : at + length] = other[start : start + length]
+            start = rng.randrange(len(other))
+            result[at : at + length] = other[start : start + length]
         else:
-            del found[max(at, 8) :]
-    done = bytes(found)
-    return repaired(done) if data[:4] == b"\x89PNG" and choose.random() < 0.7 else done
+            del result[max(at, 8) :]
+    mutant = bytes(result)
+    return repaired(mutant) if data[:4] == b"\x89PNG" and rng.random() < 0.7 else mutant
 
 
 def outcome(data: bytes) -> str:
-    """Return how decoding ends: OK or a declared code; anything else begins with `BAD`."""
+    """Decode; return OK, a declared code, or a text that begins with `BAD`."""
     start = time.process_time()
     try:
         image = decode(data, LIMITS)
@@ -116,58 +116,58 @@ def outcome(data: bytes) -> str:
         end = "OK" if right else "BAD picture"
     except DECLARED as error:
         end = error.code
-    except BaseException as error:  # whatever it is, it is what is looked for
+    except BaseException as error:  # this is what the fuzz run searches for
         end = f"BAD {type(error).__name__}: {error}"
     spent = time.process_time() - start
     return end if spent < SLOW_S else f"BAD {spent:.1f} s of CPU"
 
 
 def keep(data: bytes) -> Path:
-    """Write an input that failed where the suite replays it."""
+    """Write an input that failed to the folder that the suite replays."""
     path = REGRESSIONS / f"{hashlib.sha256(data).hexdigest()[:16]}.bin"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
 
 
-def tell(line: str) -> None:
-    """Print a line in one piece: `print` may write its end separately, and others write, too."""
+def report(line: str) -> None:
+    """Print a line in one write: `print` may use two, and several processes share the output."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def fuzz(count: int, seed: int, note: Path | None = None) -> Counter[str]:
-    """Try `count` images; return how many ended how."""
-    files, choose, found = seeds(), random.Random(seed), Counter()
+    """Decode `count` images; count the results."""
+    files, rng, results = seeds(), random.Random(seed), Counter()
     for number in range(count):
-        data = mutated(files[number % len(files)], choose.choice(files), choose)
+        data = mutated(files[number % len(files)], rng.choice(files), rng)
         if note:
-            note.write_bytes(data)  # there after a crash
+            note.write_bytes(data)  # still there after a crash
         end = outcome(data)
-        found[end] += 1
+        results[end] += 1
         if end.startswith("BAD"):
-            tell(f"{end}  number {number}, seed {seed}: {keep(data).name}")
-    return found
+            report(f"{end}  number {number}, seed {seed}: {keep(data).name}")
+    return results
 
 
 def main() -> int:
-    """Share the work among processes, so that a crash in a codec is seen and does not end all."""
+    """Share the work among processes, so that a crash in a codec is noticed and ends only one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
+    args = parser.parse_args()
+    if args.child:
         warnings.simplefilter("ignore")
-        found = fuzz(given.count, given.seed, given.child)
-        tell(" ".join(f"{name}={n}" for name, n in sorted(found.items()) if " " not in name))
-        return int(any(name.startswith("BAD") for name in found))
-    notes = [REGRESSIONS / f".running-{os.getpid()}-{i}" for i in range(given.processes)]
+        results = fuzz(args.count, args.seed, args.child)
+        report(" ".join(f"{name}={n}" for name, n in sorted(results.items()) if " " not in name))
+        return int(any(name.startswith("BAD") for name in results))
+    notes = [REGRESSIONS / f".running-{os.getpid()}-{i}" for i in range(args.processes)]
     REGRESSIONS.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, "--count", str(-(-given.count // given.processes))]
+    command = [sys.executable, __file__, "--count", str(-(-args.count // args.processes))]
     children = [
-        subprocess.Popen([*command, "--seed", str(given.seed * 1000 + i), "--child", str(note)])
+        subprocess.Popen([*command, "--seed", str(args.seed * 1000 + i), "--child", str(note)])
         for i, note in enumerate(notes)
     ]
     failed = 0

@@ -1,6 +1,6 @@
-"""Image files for the catalogue: honest ones in every mode, and files that no encoder writes.
+"""Image files for the catalogue: ordinary ones in every mode, and files that no encoder writes.
 
-Everything is made from nothing but Pillow, zlib and arithmetic, and is the same on every call.
+Pillow, zlib and arithmetic make all of them, the same bytes on every call.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import io
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from PIL import Image
@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF")
 
 @functools.cache
 def picture(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """Return a picture of gradients in `mode`; treat it as read-only."""
+    """Make a picture of gradients in `mode`; it is cached, so treat it as read-only."""
     width, height = size
     across = Image.linear_gradient("L").rotate(90).resize(size)
     down = Image.linear_gradient("L").resize(size)
@@ -37,19 +37,19 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    """Return `image` as a file."""
+    """Encode `image` as a file."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
 def ordinary(format: str, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Return an ordinary small file of a format."""
+    """Make an ordinary small file of a format."""
     return saved(picture("P" if format == "GIF" else "RGB", size), format)
 
 
 def animation(format: str, frames: int = 3, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Return a file whose first frame is `picture()` and whose others are plain."""
+    """Make a file whose first frame is `picture()` and whose others are plain."""
     first = picture("RGB", size)
     others = [Image.new("RGB", size, (40 * i % 256, 0, 0)) for i in range(1, frames)]
     return saved(first, format, save_all=True, append_images=others, duration=50)
@@ -59,25 +59,25 @@ def animation(format: str, frames: int = 3, size: tuple[int, int] = (64, 48)) ->
 
 
 def chunk(kind: bytes, body: bytes = b"", crc: int | None = None) -> bytes:
-    """Return a PNG chunk; `crc` None: the right one."""
+    """Make a PNG chunk; without `crc`, with the right checksum."""
     crc = zlib.crc32(kind + body) if crc is None else crc
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
 
 def ihdr(size: tuple[int, int], depth: int = 8, color: int = 2, interlace: int = 0) -> bytes:
-    """Return a PNG's header chunk; colour 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
+    """Make a PNG's header chunk; colour 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
     return chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, interlace))
 
 
 def png(head: bytes, idat: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
-    """Return a PNG of a header, compressed data and the chunks around them."""
+    """Make a PNG of a header, compressed data and the chunks around them."""
     return b"\x89PNG\r\n\x1a\n" + head + before + chunk(b"IDAT", idat) + after + chunk(b"IEND")
 
 
 def png_rows(
     size: tuple[int, int], depth: int = 8, color: int = 2, filter: int = 0, values: bytes = b"\x80"
 ) -> bytes:
-    """Return a PNG whose every byte of pixels is the next of `values`, compressed."""
+    """Make a PNG whose every byte of pixels is the next of `values`, compressed."""
     width, height = size
     length = (width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color] + 7) // 8
     row = bytes([filter]) + (values * (length // len(values) + 1))[:length]
@@ -85,7 +85,7 @@ def png_rows(
 
 
 def deflated(parts: Iterable[bytes], level: int = 6) -> bytes:
-    """Return what zlib makes of `parts`, one after the other."""
+    """Compress `parts`, one after the other."""
     compress = zlib.compressobj(level)
     return b"".join([compress.compress(part) for part in parts] + [compress.flush()])
 
@@ -102,7 +102,7 @@ ADAM7 = (
 
 
 def interlaced(size: tuple[int, int], depth: int, color: int, filter: int = 0, level=1) -> bytes:
-    """Return an interlaced PNG of one grey."""
+    """Make an interlaced PNG of one grey."""
     width, height = size
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
 
@@ -117,7 +117,7 @@ def interlaced(size: tuple[int, int], depth: int, color: int, filter: int = 0, l
 
 
 def interlaced_picture(size: tuple[int, int] = (61, 47)) -> tuple[bytes, Image.Image]:
-    """Return an interlaced RGB PNG of `picture()` and that picture."""
+    """Make an interlaced RGB PNG of `picture()` and that picture."""
     image = picture("RGB", size)
     pixels, (width, height) = image.load(), size
     lines = []
@@ -128,8 +128,12 @@ def interlaced_picture(size: tuple[int, int] = (61, 47)) -> tuple[bytes, Image.I
     return png(ihdr(size, interlace=1), deflated(lines)), image
 
 
-def png16(mode: str, size: tuple[int, int] = (16, 9)) -> tuple[bytes, Image.Image]:
-    """Return a PNG of 16 bits a channel, and what its high bytes show as RGB."""
+def png16(
+    mode: str,
+    size: tuple[int, int] = (16, 9),
+    change: Callable[[bytes], bytes] = bytes,  # of the compressed data
+) -> tuple[bytes, Image.Image]:
+    """Make a PNG of 16 bits a channel, and the RGB picture of its high bytes."""
     image = picture({"RGB": "RGB", "RGBA": "RGBA", "LA": "LA"}[mode], size)
     raw, bands, width = image.tobytes(), len(mode), size[0]
     low = bytes((7 * i) % 256 for i in range(len(raw)))
@@ -137,7 +141,7 @@ def png16(mode: str, size: tuple[int, int] = (16, 9)) -> tuple[bytes, Image.Imag
     step = width * bands * 2
     rows = [b"\0" + wide[i : i + step] for i in range(0, len(wide), step)]
     color = {"RGB": 2, "LA": 4, "RGBA": 6}[mode]
-    return png(ihdr(size, 16, color), deflated(rows)), image.convert("RGB")
+    return png(ihdr(size, 16, color), change(deflated(rows))), image.convert("RGB")
 
 
 # JPEG
@@ -146,19 +150,19 @@ CODES = {0: "0", 1: "10", 2: "110"}  # of the three symbols in each table below
 
 
 def segment(marker: int, body: bytes) -> bytes:
-    """Return a JPEG segment."""
+    """Make a JPEG segment."""
     return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
 
 
 def table(kind: int, symbols: Iterable[int]) -> bytes:
-    """Return a Huffman table (kind 0x00 DC, 0x10 AC) with the codes 0, 10 and 110."""
+    """Make a Huffman table (kind 0x00 DC, 0x10 AC) with the codes 0, 10 and 110."""
     symbols = bytes(symbols)
     counts = bytes([1] * len(symbols) + [0] * (16 - len(symbols)))
     return segment(0xC4, bytes([kind]) + counts + symbols)
 
 
 def coded(bits: str, blocks: int) -> bytes:
-    """Return the bits of one block, as often as there are blocks, as a scan's data."""
+    """Make a scan's data by repeating the bits of one block for each block."""
     eight = int(bits * 8, 2).to_bytes(len(bits), "big")
     return (eight * -(-blocks // 8)).replace(b"\xff", b"\xff\x00")
 
@@ -171,7 +175,7 @@ def jpeg(
     sampling: tuple[int, ...] = (0x11, 0x11, 0x11),  # a component's horizontal, vertical
     tables: bytes = b"",  # more segments before the frame
 ) -> bytes:
-    """Return a JPEG of scans: their components, their Ss, Se, Ah and Al, and their data."""
+    """Make a JPEG of scans: for each its components, its Ss, Se, Ah and Al, and its data."""
     parts = [b"\xff\xd8", tables, segment(0xDB, b"\0" + b"\x01" * 64)]
     numbered = b"".join(bytes([i, s, 0]) for i, s in enumerate(sampling, 1))
     parts.append(segment(frame, struct.pack(">BHHB", 8, *size[::-1], len(sampling)) + numbered))
@@ -183,12 +187,12 @@ def jpeg(
 
 
 def blocks_of(size: tuple[int, int]) -> int:
-    """Return how many blocks of 8 x 8 pixels cover `size`."""
+    """Count the blocks of 8 x 8 pixels that cover `size`."""
     return -(-size[0] // 8) * -(-size[1] // 8)
 
 
 def baseline(size: tuple[int, int], coefficients: int = 15, components: int = 3) -> bytes:
-    """Return a baseline JPEG, full resolution in every component, so many values in each block."""
+    """Make a baseline JPEG, each component in full resolution, with so many values in a block."""
     tables = table(0x00, [0]) + table(0x10, [0x01, 0x00])
     bits = CODES[0] + (CODES[0] + "1") * coefficients + CODES[1] * (coefficients < 63)
     data = coded(bits, blocks_of(size) * components)
@@ -199,7 +203,7 @@ def baseline(size: tuple[int, int], coefficients: int = 15, components: int = 3)
 def progressive(
     size: tuple[int, int], refinements: int, coefficients: int = 0, components: int = 3
 ) -> bytes:
-    """Return a progressive JPEG of 2 + `refinements` scans, each of which touches every block."""
+    """Make a progressive JPEG of 2 + `refinements` scans, each of which changes every block."""
     tables = table(0x00, [0]) + table(0x10, [0x01, 0x00])
     first = (CODES[0] + "1") * coefficients + CODES[1] * (coefficients < 63)
     more = CODES[1] + "1" * coefficients  # no new values, a bit more of each old one
@@ -213,7 +217,7 @@ def progressive(
 
 
 def apart(scans: int) -> bytes:
-    """Return a baseline JPEG whose components have scans of their own, so many in all."""
+    """Make a baseline JPEG of `scans` scans, each with a single component."""
     tables = table(0x00, [0]) + table(0x10, [0x01, 0x00])
     data = coded(CODES[0] + CODES[1], blocks_of((64, 48)))
     each = [((i % 3,), (0, 63, 0, 0), data) for i in range(scans)]
@@ -221,23 +225,23 @@ def apart(scans: int) -> bytes:
 
 
 def behind_the_scan(part: bytes) -> bytes:
-    """Return a baseline JPEG that goes on after its pixels."""
+    """Make a baseline JPEG with more data after its pixels."""
     return baseline((64, 48))[:-2] + part + b"\xff\xd9"
 
 
 def scan_bomb(scans: int, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Return a progressive JPEG of so many scans."""
+    """Make a progressive JPEG of `scans` scans."""
     return progressive(size, scans - 2)
 
 
 def with_segments(*segments: bytes, base: bytes | None = None) -> bytes:
-    """Return an ordinary JPEG with more segments behind its first marker."""
+    """Make an ordinary JPEG with more segments after its first marker."""
     data = base or ordinary("JPEG")
     return data[:2] + b"".join(segments) + data[2:]
 
 
 def with_frame_size(data: bytes, size: tuple[int, int]) -> bytes:
-    """Return a JPEG whose frame header tells another size."""
+    """Write another size into the frame header of a JPEG."""
     for marker in (b"\xff\xc0", b"\xff\xc2"):
         at = data.find(marker)
         if at > 0:
@@ -251,7 +255,7 @@ def with_frame_size(data: bytes, size: tuple[int, int]) -> bytes:
 def gif(
     screen: tuple[int, int], frame: tuple[int, int, int, int] | None = None, codes: bytes = b""
 ) -> bytes:
-    """Return a GIF with one frame (left, top, width, height) of 8-bit LZW codes as given."""
+    """Make a GIF with one frame (left, top, width, height) of 8-bit LZW codes as given."""
     frame = frame or (0, 0, *screen)
     head = b"GIF89a" + struct.pack("<HHBBB", *screen, 0xF7, 0, 0) + bytes(range(256)) * 3
     blocks = b"".join(
@@ -261,7 +265,7 @@ def gif(
 
 
 def lzw(pixels: int, value: int = 7) -> bytes:
-    """Return LZW codes of so many equal pixels: strings that grow by one each time."""
+    """Make LZW codes of `pixels` equal pixels: strings that grow by one each time."""
     accumulated = held = 0
     out = bytearray()
 
@@ -295,7 +299,7 @@ def lzw(pixels: int, value: int = 7) -> bytes:
 
 
 def riff(*chunks: tuple[bytes, bytes], size: int | None = None) -> bytes:
-    """Return a WebP of chunks; `size`: what the header says, if not the truth."""
+    """Make a WebP of chunks; `size` is a false size for the header."""
     body = b"WEBP" + b"".join(
         kind + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
         for kind, data in chunks
@@ -304,24 +308,42 @@ def riff(*chunks: tuple[bytes, bytes], size: int | None = None) -> bytes:
 
 
 def vp8x(canvas: tuple[int, int], flags: int = 0) -> tuple[bytes, bytes]:
-    """Return the chunk of an extended WebP; flags 2 animation, 4 XMP, 8 EXIF, 16 alpha, 32 ICC."""
+    """Make the chunk of an extended WebP; flags 2 animation, 4 XMP, 8 EXIF, 16 alpha, 32 ICC."""
     sides = b"".join(struct.pack("<I", side - 1)[:3] for side in canvas)
     return b"VP8X", bytes([flags, 0, 0, 0]) + sides
 
 
 def webp_stream(**options: Any) -> tuple[bytes, bytes]:
-    """Return the one chunk of pixels in a simple WebP of `picture()`."""
+    """Make the chunk of pixels in a simple WebP of `picture()`."""
     data = saved(picture("RGB"), "WEBP", **options)
     return data[12:16], data[20 : 20 + struct.unpack("<I", data[16:20])[0]]
 
 
 def vp8l_header(size: tuple[int, int]) -> tuple[bytes, bytes]:
-    """Return a lossless chunk that promises a size and holds nothing else."""
+    """Make a lossless chunk that declares a size and holds no pixels."""
     bits = (size[0] - 1) | (size[1] - 1) << 14
     return b"VP8L", b"\x2f" + struct.pack("<I", bits) + b"\0" * 16
 
 
+def huffman_groups() -> bytes:
+    """Make a lossless WebP of one megapixel in which each 4 x 4 pixels have tables of their own."""
+
+    def number(value: int, count: int) -> str:
+        return f"{value:0{count}b}"[::-1]  # the low bit comes first
+
+    one = "1000"  # a table of one symbol, 0
+    lengths = number(8, 4) + "000" * 11 + "100"  # all code lengths are 8
+    some = "0" + lengths + "1" + number(3, 3) + number(254, 8)  # 256 of 280 symbols
+    every = "0" + lengths + "0"
+    tables = "0" + some + every + one * 3  # of the picture below; no cache of colours
+    groups = "".join(number(i, 16) for i in range(65_536))  # 256 x 256 pixels of two bytes
+    start = number(0x2F, 8) + number(1023, 14) * 2 + "0" + "000"
+    bits = start + "0" + "0" + "1" + "000" + tables + groups + one * 5 * 65_536
+    data = int(bits[::-1], 2).to_bytes(-(-len(bits) // 8) + 16, "little")
+    return riff((b"VP8L", data))
+
+
 def with_ispe(data: bytes, size: tuple[int, int]) -> bytes:
-    """Return an AVIF whose container tells another size than its AV1 stream."""
+    """Write another size into the boxes of an AVIF."""
     at = data.index(b"ispe") + 8
     return data[:at] + struct.pack(">II", *size) + data[at + 8 :]

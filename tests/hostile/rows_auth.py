@@ -1,14 +1,15 @@
-"""The catalogue's rows for authentication: jobs that strangers send, and how each must end.
+"""The catalogue's rows for authentication: hostile jobs, and how each must end.
 
-A row is data: its `id`, the wire `code` it must end with, and `build`, which makes the whole job
-input from a `Kit`. The kit holds what a worker is set up with (secrets, audience, clock) and signs
-by itself, with nothing but the standard library: so a row can carry the right signature of
-something that `heimdex_clip_worker.auth` would never sign.
+A row is data: its `id`, the `code` it must end with, and `build`, which makes the whole job input
+from a `Kit`. The kit has the worker's settings (secrets, audience, clock), and signs with the
+standard library alone. So a row can have the right signature of something that
+`heimdex_clip_worker.auth` would never sign.
 
 - `code` is how `auth.verify` must end: "AUTH_FAILED", "AUTH_EXPIRED", or "OK" for honest jobs.
-- `or_else` is a second code that the whole handler may answer, if it looks at the payload first.
-- Every input survives `json.loads(json.dumps(...))` (Python's NaN included), to be posted.
-- Times keep 30 s from every limit: with `Kit(now=int(time.time()))` rows run on the real clock too.
+- `or_else` is a second code, with which the whole handler may end if it reads the payload first.
+- Every input survives `json.loads(json.dumps(...))` (Python's NaN included), so it can be posted.
+- Times are 30 s away from every limit, so rows with `Kit(now=int(time.time()))` also run on the
+  real clock.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ INVALID = "INVALID_REQUEST"
 
 @dataclass(frozen=True)
 class Kit:
-    """What a row is built with: a worker's settings, and a clock."""
+    """The worker's settings and clock from which a row is built."""
 
     now: int  # Unix seconds
     url: str = "https://images.example.com/object/sign/scenes/a.jpg?token=t0k3n"
@@ -41,7 +42,7 @@ class Kit:
     max_lifetime_s: int = 3600
 
     def mac(self, message: str, secret: str | None = None) -> str:
-        """HMAC-SHA256 of `message` in hex; with version 1's secret unless another is given."""
+        """Compute the HMAC-SHA256 of `message` in hex, with version 1's secret by default."""
         key = (self.v1_secret if secret is None else secret).encode()
         return hmac.new(key, message.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
@@ -54,42 +55,45 @@ class Kit:
         sign: Any = ...,
         **fields: Any,
     ) -> dict[str, Any]:
-        """A version 1 job. `sign`: the text to sign in the place of the URL, a bar and the time."""
+        """Make a version 1 job. `sign` is signed in place of the URL, a bar and the time."""
         url = self.url if url is ... else url
         ts = self.now if ts is ... else ts
         message = f"{url}|{ts}" if sign is ... else sign
         return {"image_url": url, **fields, "auth": {"ts": ts, "sig": self.mac(message, secret)}}
 
     def v1_auth(self, **changes: Any) -> dict[str, Any]:
-        """A version 1 job whose `auth` is changed after signing; `...` takes a key away."""
+        """Make a version 1 job and change its `auth` after signing; `...` removes a field."""
         return changed(self.v1(), changes)
 
     def v2(
-        self, body: dict[str, Any] | None = None, *, secret: str | None = None, **said: Any
+        self, body: dict[str, Any] | None = None, *, secret: str | None = None, **claims: Any
     ) -> dict[str, Any]:
-        """A version 2 job, rightly signed over `said`; `audience` and `tag` do not travel."""
+        """Make a version 2 job, rightly signed over `claims`; `audience` and `tag` are not sent."""
         body = {"image_url": self.url, "request_id": "hostile"} if body is None else body
-        said = {"kid": "2026-11", "ts": self.now, "exp": self.now + 900, "nonce": "n" * 24, **said}
-        tag, audience = said.pop("tag", "CLIPW-HMAC-SHA256-V2"), said.pop("audience", self.audience)
+        claims = {
+            "kid": "2026-11", "ts": self.now, "exp": self.now + 900, "nonce": "n" * 24, **claims,
+        }  # fmt: skip
+        tag = claims.pop("tag", "CLIPW-HMAC-SHA256-V2")
+        audience = claims.pop("audience", self.audience)
         if secret is None:
-            secret = {**self.keys, "v1": self.v1_secret}.get(str(said["kid"]), "")
+            secret = {**self.keys, "v1": self.v1_secret}.get(str(claims["kid"]), "")
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         lines = [
             tag,
             audience,
-            *(str(said[name]) for name in ("kid", "ts", "exp", "nonce")),
+            *(str(claims[name]) for name in ("kid", "ts", "exp", "nonce")),
             digest,
         ]
-        return {**body, "auth": {"v": 2, **said, "sig": self.mac("\n".join(lines), secret)}}
+        return {**body, "auth": {"v": 2, **claims, "sig": self.mac("\n".join(lines), secret)}}
 
     def v2_auth(self, **changes: Any) -> dict[str, Any]:
-        """A version 2 job whose `auth` is changed after signing; `...` takes a key away."""
+        """Make a version 2 job and change its `auth` after signing; `...` removes a field."""
         return changed(self.v2(), changes)
 
 
 def changed(job: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `job` with `changes` made to its `auth`; `...` takes a key away."""
+    """Change the `auth` of a job; `...` removes a field."""
     auth = {**job["auth"], **changes}
     return {**job, "auth": {name: value for name, value in auth.items() if value is not ...}}
 
@@ -99,13 +103,13 @@ class Row:
     """One hostile (or honest) job."""
 
     id: str
-    code: str  # what verify must end with; "OK": accepted
+    code: str  # how verify must end; "OK": accepted
     build: Callable[[Kit], Any]  # the whole job input
-    or_else: str = ""  # what the whole handler may answer instead, having read the payload first
+    or_else: str = ""  # with which the handler may end instead, if it reads the payload first
 
 
 def nested(levels: int) -> list[Any]:
-    """Return `levels` lists inside one another."""
+    """Nest `levels` lists."""
     value: list[Any] = []
     for _ in range(levels - 1):
         value = [value]
@@ -113,22 +117,22 @@ def nested(levels: int) -> list[Any]:
 
 
 def flipped(sig: str) -> str:
-    """Return `sig` with its last bit changed."""
+    """Change the last bit of `sig`."""
     return sig[:-1] + format(int(sig[-1], 16) ^ 1, "x")
 
 
 def failed(id: str, build: Callable[[Kit], Any], or_else: str = "") -> Row:
-    """A row that must end as AUTH_FAILED."""
+    """Make a row that must end as AUTH_FAILED."""
     return Row(id, "AUTH_FAILED", build, or_else)
 
 
 def expired(id: str, build: Callable[[Kit], Any]) -> Row:
-    """A row that must end as AUTH_EXPIRED: the signature is right, its time is not."""
+    """Make a row that must end as AUTH_EXPIRED: the signature is right, its time is not."""
     return Row(id, "AUTH_EXPIRED", build)
 
 
 def honest(id: str, build: Callable[[Kit], Any]) -> Row:
-    """A row that must be accepted."""
+    """Make a row that must be accepted."""
     return Row(id, "OK", build)
 
 

@@ -1,8 +1,8 @@
-"""The catalogue's rows for look-ups: names whose servers lie, change their mind or say nothing.
+"""The catalogue's rows for lookups: name servers that lie, change their answers or stay silent.
 
-`answers` maps a name to what its look-up gives: a value, an exception, (seconds, value), or
-`EachTime(...)` of these. `dials` are all the connections that may be made, in order; every one of
-them is answered with `says`. The URL's host is what is looked up.
+`answers` maps a name to the result of its lookup: a value, an exception, (seconds, value), or
+`Successive(...)` of these. `dials` are all the connections that may be made, in order. The first of
+them receives the first of `responses`, and so on. The name looked up is the URL's host.
 """
 
 from __future__ import annotations
@@ -13,49 +13,50 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from rows_url import PUBLIC, Q
-from servers import EachTime, full, location
+from servers import Successive, full, location
 
-from heimdex_clip_worker.download import Policy
+from heimdex_clip_worker.serving.download import AddressPolicy
 
 OTHER = "151.101.1.140"
-OFFICE = Policy(allowed_networks=(IPv4Network("10.0.0.0/8"),))
-LINK = Policy(allowed_networks=(IPv4Network("169.254.0.0/16"), IPv4Network("168.63.129.16/32")))
+OFFICE = AddressPolicy(allowed_networks=(IPv4Network("10.0.0.0/8"),))
+METADATA_NETWORKS = (IPv4Network("169.254.0.0/16"), IPv4Network("168.63.129.16/32"))
+LINK = AddressPolicy(allowed_networks=METADATA_NETWORKS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One name, and what its look-ups answer."""
+    """One name, and the results of its lookups."""
 
     id: str
     code: str
     answers: dict[str, Any]
     dials: tuple[str, ...] = ()
     url: str = f"http://photos.example/a.jpg{Q}"
-    policy: Policy = Policy()
-    says: tuple[bytes, ...] = (full(),)  # to the first connection, the second, ...
+    policy: AddressPolicy = AddressPolicy()
+    responses: tuple[bytes, ...] = (full(),)  # to the first connection, the second, ...
     limits: dict[str, Any] = field(default_factory=dict)
-    troubles: dict[str, Any] = field(default_factory=dict)  # address -> exception or seconds
-    look_ups: int | None = None
-    most: int | None = None  # connections, where `dials` does not say which
+    faults: dict[str, Any] = field(default_factory=dict)  # address -> exception or seconds
+    lookups: int | None = None
+    max_dials: int | None = None  # the number of connections, where `dials` does not list them
 
 
 def row(id: str, code: str, answer: Any, *dials: str, **more: Any) -> Row:
-    """A row in which the one name is answered with `answer`."""
+    """A row in which the lookup of the one name results in `answer`."""
     return Row(f"dns-{id}", code, {"photos.example": answer}, dials, **more)
 
 
 def denied(id: str, answer: Any, **more: Any) -> Row:
-    """A row whose answer leads inwards: nothing is dialled."""
-    return row(id, "URL_NOT_ALLOWED", answer, look_ups=1, **more)
+    """A row whose name has a forbidden address: nothing is dialled."""
+    return row(id, "URL_NOT_ALLOWED", answer, lookups=1, **more)
 
 
 def failed(id: str, answer: Any, **more: Any) -> Row:
-    """A row whose look-up fails: nothing is dialled."""
-    return row(id, "DNS_FAILED", answer, look_ups=1, **more)
+    """A row whose lookup fails: nothing is dialled."""
+    return row(id, "DNS_FAILED", answer, lookups=1, **more)
 
 
 A80, B80 = f"{PUBLIC}:80", f"{OTHER}:80"
-INWARDS = [
+INTERNAL = [
     denied(f"answer-{name}", [address])
     for name, address in {
         "loopback": "127.0.0.1",
@@ -71,7 +72,7 @@ INWARDS = [
         "ipv6-zone": "fe80::1%eth0",
     }.items()
 ]
-AMONG = [
+MIXED = [
     denied("bad-first", ["127.0.0.1", PUBLIC]),
     denied("bad-last", [PUBLIC, OTHER, "10.0.0.1"]),
     denied("bad-in-the-middle", [PUBLIC, "169.254.169.254", OTHER]),
@@ -108,54 +109,54 @@ FAILURES = [
     row("slow-but-in-time", "ok", (0.1, [PUBLIC]), A80, limits={"dns_timeout_s": 0.6}),
 ]
 REBINDING = [
-    row("rebinding-look-up", "ok", EachTime([PUBLIC], ["127.0.0.1"]), A80, look_ups=1),
+    row("rebinding-look-up", "ok", Successive([PUBLIC], ["127.0.0.1"]), A80, lookups=1),
     row(
         "rebinding-hop",
         "URL_NOT_ALLOWED",
-        EachTime([PUBLIC], ["127.0.0.1"]),
+        Successive([PUBLIC], ["127.0.0.1"]),
         A80,
-        says=(location("/b.jpg"), full()),
-        look_ups=2,
+        responses=(location("/b.jpg"), full()),
+        lookups=2,
     ),
     row(
         "rebinding-third-hop",
         "URL_NOT_ALLOWED",
-        EachTime([PUBLIC], [OTHER], ["169.254.169.254"]),
+        Successive([PUBLIC], [OTHER], ["169.254.169.254"]),
         A80,
         B80,
-        says=(location("/b.jpg"), location("/c.jpg"), full()),
-        look_ups=3,
+        responses=(location("/b.jpg"), location("/c.jpg"), full()),
+        lookups=3,
     ),
     row(
         "moves-honestly",
         "ok",
-        EachTime([PUBLIC], [OTHER]),
+        Successive([PUBLIC], [OTHER]),
         A80,
         B80,
-        says=(location("/b.jpg"), full()),
-        look_ups=2,
+        responses=(location("/b.jpg"), full()),
+        lookups=2,
     ),
     Row(
         "dns-redirect-to-inner-name",
         "URL_NOT_ALLOWED",
         {"photos.example": [PUBLIC], "inside.example": ["10.0.0.9"]},
         (A80,),
-        says=(location("http://inside.example/a.jpg"), full()),
-        look_ups=2,
+        responses=(location("http://inside.example/a.jpg"), full()),
+        lookups=2,
     ),
     Row(
         "dns-redirect-to-unknown-name",
         "DNS_FAILED",
         {"photos.example": [PUBLIC], "nowhere.example": socket.gaierror()},
         (A80,),
-        says=(location("http://nowhere.example/a.jpg"), full()),
+        responses=(location("http://nowhere.example/a.jpg"), full()),
     ),
     Row(
         "dns-redirect-to-slow-name",
         "FETCH_TIMEOUT",
         {"photos.example": [PUBLIC], "slow.example": (2.0, [PUBLIC])},
         (A80,),
-        says=(location("http://slow.example/a.jpg"), full()),
+        responses=(location("http://slow.example/a.jpg"), full()),
         limits={"timeout_s": 0.3},
     ),
 ]
@@ -182,25 +183,25 @@ NETWORKS = [
 REFUSED, UNREACHABLE = ConnectionRefusedError(111, f"refused {Q}"), OSError(101, "unreachable")
 MANY = [f"93.184.216.{i}" for i in range(1, 31)]
 DIALS = [
-    row("connect-refused", "CONNECT_FAILED", [PUBLIC], A80, troubles={PUBLIC: REFUSED}),
-    row("connect-unreachable", "CONNECT_FAILED", [PUBLIC], A80, troubles={PUBLIC: UNREACHABLE}),
+    row("connect-refused", "CONNECT_FAILED", [PUBLIC], A80, faults={PUBLIC: REFUSED}),
+    row("connect-unreachable", "CONNECT_FAILED", [PUBLIC], A80, faults={PUBLIC: UNREACHABLE}),
     row(
         "connect-hangs",
         "FETCH_TIMEOUT",
         [PUBLIC],
         A80,
-        troubles={PUBLIC: 3.0},
+        faults={PUBLIC: 3.0},
         limits={"timeout_s": 0.2},
     ),
-    row("second-address-answers", "ok", [PUBLIC, OTHER], A80, B80, troubles={PUBLIC: REFUSED}),
+    row("second-address-answers", "ok", [PUBLIC, OTHER], A80, B80, faults={PUBLIC: REFUSED}),
     row("the-same-address-twice", "ok", [PUBLIC, PUBLIC], A80),
     row(
         "many-addresses-that-refuse",
         "CONNECT_FAILED",
         MANY,
-        most=16,
-        troubles=dict.fromkeys(MANY, REFUSED),
+        max_dials=16,
+        faults=dict.fromkeys(MANY, REFUSED),
     ),
 ]
 
-ROWS = [*INWARDS, *AMONG, *GARBAGE, *FAILURES, *REBINDING, *NETWORKS, *DIALS]
+ROWS = [*INTERNAL, *MIXED, *GARBAGE, *FAILURES, *REBINDING, *NETWORKS, *DIALS]

@@ -44,7 +44,7 @@ class Row:
 
 
 def raises(error: BaseException) -> Callable[[torch.Tensor], Any]:
-    """Return a model that raises."""
+    """Make a model that raises."""
 
     def fail(pixels: torch.Tensor) -> Any:
         raise error
@@ -53,22 +53,22 @@ def raises(error: BaseException) -> Callable[[torch.Tensor], Any]:
 
 
 def gives(value: Any) -> Callable[[torch.Tensor], Any]:
-    """Return a model that returns the same whatever it is asked."""
+    """Make a model that returns `value` for every batch."""
     return lambda pixels: value
 
 
 def inference(id: str, fail: Callable[[torch.Tensor], Any], **more: Any) -> Row:
-    """A fault that must end as INFERENCE_FAILED."""
+    """Make a row that must end as INFERENCE_FAILED."""
     return Row(id, "INFERENCE_FAILED", fail, **more)
 
 
 def internal(id: str, fail: Callable[[torch.Tensor], Any], **more: Any) -> Row:
-    """A fault that must end as INTERNAL."""
+    """Make a row that must end as INTERNAL."""
     return Row(id, "INTERNAL", fail, **more)
 
 
 def one(position: int, value: float) -> torch.Tensor:
-    """Return a row of ones but for one value."""
+    """Make a vector of ones with one other value."""
     row = torch.ones(1, 512)
     row[0, position] = value
     return row

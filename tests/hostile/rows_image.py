@@ -1,9 +1,9 @@
-"""The catalogue's rows for image bytes: files that strangers send, and how decoding must end.
+"""The catalogue's rows for image files from untrusted servers, and how decoding them must end.
 
-A row is data: its `id`, `build`, which makes the file, and what it must end with: the wire `code`
-of an error, or "OK" and then `pixels`, the picture that must come out, bit for bit. Where `pixels`
-is None that is what open_clip's reference pipeline makes of the file: `Image.open` and
-`convert("RGB")`, orientation, colour profile and alpha left as they are.
+A row has an `id`, a function `build` that makes the file, and the wire `code` of the expected
+error. With the code "OK", the result must equal `pixels` bit for bit. Where `pixels` is None, it
+must equal the result of open_clip's reference pipeline: `Image.open` and `convert("RGB")`, without
+regard to orientation, colour profile and alpha.
 """
 
 from __future__ import annotations
@@ -34,52 +34,52 @@ class Row:
 
 
 def good(id: str, build: Callable[[], bytes], pixels=None, **more) -> Row:
-    """A file that must be decoded."""
+    """A row whose file must be decoded."""
     return Row(id, "OK", build, pixels, **more)
 
 
 def damaged(id: str, build: Callable[[], bytes], **more) -> Row:
-    """A file that must end as DECODE_FAILED."""
+    """A row that must end as DECODE_FAILED."""
     return Row(id, "DECODE_FAILED", build, **more)
 
 
 def limited(id: str, build: Callable[[], bytes], **more) -> Row:
-    """A file that must end as IMAGE_LIMITS."""
+    """A row that must end as IMAGE_LIMITS."""
     return Row(id, "IMAGE_LIMITS", build, **more)
 
 
 def unsupported(id: str, build: Callable[[], bytes], **more) -> Row:
-    """A file that must end as UNSUPPORTED_FORMAT."""
+    """A row that must end as UNSUPPORTED_FORMAT."""
     return Row(id, "UNSUPPORTED_FORMAT", build, **more)
 
 
 def save(mode: str, format: str, **options) -> Callable[[], bytes]:
-    """Return a builder of `picture(mode)` in a format."""
+    """Make a builder of `picture(mode)` in a format."""
     return lambda: im.saved(im.picture(mode), format, **options)
 
 
 @cache
 def tables_only() -> bytes:
-    """Return a JPEG without its scan."""
+    """Make a JPEG without its scan."""
     data = im.ordinary("JPEG")
     return data[: data.index(b"\xff\xda")] + b"\xff\xd9"
 
 
 def high_bytes() -> Image.Image:
-    """Return what a 16-bit grey picture shows in 8 bits."""
+    """Make the 8-bit picture of the high bytes of 16-bit grey."""
     wide = im.picture("I;16")
     return Image.frombytes("L", wide.size, wide.tobytes()[1::2]).convert("RGB")
 
 
 def exif(orientation: int) -> bytes:
-    """Return EXIF data with an orientation."""
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found.tobytes()
+    """Make EXIF data with an orientation."""
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data.tobytes()
 
 
 def plain() -> Image.Image:
-    """Return the picture that most rows hold."""
+    """Make the picture that most rows hold."""
     return im.picture("RGB")
 
 
@@ -108,6 +108,11 @@ MODES = [
     good("png-2-bit-grey", lambda: im.png_rows((37, 21), 2, 0, values=b"\x1b\xe4")),
     good("png-4-bit-grey", lambda: im.png_rows((37, 21), 4, 0, values=b"\x1b\xe4\x09")),
     good("png-interlaced", lambda: im.interlaced_picture()[0], lambda: im.interlaced_picture()[1]),
+    good(
+        "png-16-bit-grey-interlaced",
+        lambda: im.interlaced((9, 9), 16, 0),
+        lambda: Image.new("L", (9, 9), 0x40),
+    ),
     good("png-interlaced-1-pixel", lambda: im.interlaced((1, 1), 8, 6)),
     good("jpeg-progressive", save("RGB", "JPEG", progressive=True)),
     good("jpeg-4-4-4", save("RGB", "JPEG", subsampling=0)),
@@ -206,12 +211,12 @@ BESIDES = [
 
 
 def cut(format: str, share: float) -> Callable[[], bytes]:
-    """Return a builder of the first part of an ordinary file."""
+    """Make a builder of the first part of an ordinary file."""
     return lambda: (data := im.ordinary(format))[: int(len(data) * share)]
 
 
 def flipped(format: str, at: float) -> Callable[[], bytes]:
-    """Return a builder of an ordinary file with 40 bytes inverted."""
+    """Make a builder of an ordinary file with 40 bytes inverted."""
 
     def build() -> bytes:
         data = bytearray(im.ordinary(format))
@@ -223,7 +228,7 @@ def flipped(format: str, at: float) -> Callable[[], bytes]:
 
 
 def wrong_crc(kind: bytes) -> Callable[[], bytes]:
-    """Return a builder of a PNG whose chunk of a kind carries the wrong check sum."""
+    """Make a builder of a PNG whose chunk of a kind has a wrong checksum."""
 
     def build() -> bytes:
         data = im.ordinary("PNG")
@@ -265,6 +270,26 @@ DAMAGED = [
     good(
         "png-of-3-rows-of-8-then-black", lambda: im.png(im.ihdr((8, 8)), zlib.compress(bytes(75)))
     ),
+    good(
+        "png-of-2-rows-of-8-then-black-rgba",
+        lambda: im.png(im.ihdr((8, 8), 8, 6), zlib.compress(b"\0" + b"\x90" * 32 + b"\1" * 33)),
+    ),
+    *[
+        damaged(f"png-16-bit-rgba-{name}", lambda change=change: im.png16("RGBA", change=change)[0])
+        for name, change in {
+            "cut-in-a-row": lambda idat: idat[:-200],
+            "inverted-in-the-middle": lambda idat: idat[:300] + bytes(9) + idat[309:],
+            "of-a-wrong-checksum": lambda idat: idat[:-1] + bytes([idat[-1] ^ 1]),
+            "not-zlib": lambda idat: b"not zlib at all",
+            "of-no-rows": lambda idat: zlib.compress(b""),
+            "of-half-a-row": lambda idat: zlib.compress(bytes(64)),
+        }.items()
+    ],
+    damaged(
+        "png-16-bit-rgba-wrong-crc-of-ihdr",
+        lambda: im.png(im.ihdr((8, 8), 16, 6)[:-1] + b"x", zlib.compress(bytes(65 * 8))),
+    ),
+    damaged("png-16-bit-rgba-filter-of-9", lambda: im.png_rows((8, 8), 16, 6, filter=9)),
     damaged("png-chunk-of-2-gb", lambda: im.ordinary("PNG")[:33] + b"\x7f\xff\xff\xffIDATxyz"),
     damaged("png-of-4-gb-text", lambda: im.ordinary("PNG")[:33] + b"\xff\xff\xff\xfftEXtxyz"),
     damaged("gif-without-frame", lambda: im.gif((8, 8))[:781] + b";"),
@@ -277,6 +302,115 @@ DAMAGED = [
     damaged("webp-riff-of-0-bytes", lambda: im.riff(im.webp_stream(), size=0)),
     damaged("avif-box-of-2-bytes", lambda: im.ordinary("AVIF")[:32] + b"\0\0\0\2meta"),
     damaged("avif-of-nothing-but-ftyp", lambda: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1"),
+]
+
+
+def png_of(*parts: bytes) -> Callable[[], bytes]:
+    """Make a builder of a PNG of chunks."""
+    return lambda: b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def cut_by(count: int, build: Callable[[], bytes]) -> Callable[[], bytes]:
+    """Make a builder of a file without its last bytes."""
+    return lambda: build()[:-count]
+
+
+def cut_png(name: str, count: int, build: Callable[[], bytes]) -> Row:
+    """A row whose PNG lost its last bytes, none of which are pixels."""
+    return good(
+        f"png-{name}-without-its-last-{count}", cut_by(count, build), lambda: opened(build())
+    )
+
+
+def opened(data: bytes) -> Image.Image:
+    """Open a file with Pillow, and keep the high bytes of 16-bit grey."""
+    image = Image.open(im.io.BytesIO(data))
+    return (
+        Image.frombytes("L", image.size, image.tobytes()[1::2]) if image.mode == "I;16" else image
+    )
+
+
+HEAD, END = im.ihdr((8, 8)), im.chunk(b"IEND")
+COLORS, OTHERS = im.chunk(b"PLTE", bytes(range(6))), im.chunk(b"PLTE", b"\xff" * 6)
+INDICES = im.chunk(b"IDAT", zlib.compress(b"\0\0\1\0\1\0\1\0\1" * 8))
+ROWS_OF_8 = b"".join(b"\1" + bytes(range(i, i + 24)) for i in range(8))
+DATA = zlib.compress(ROWS_OF_8, 0)
+IDAT, FIRST, SECOND = (im.chunk(b"IDAT", part) for part in (DATA, DATA[:99], DATA[99:]))
+TEXT, LARGER = im.chunk(b"tEXt", b"k\0v"), im.ihdr((7000, 7000))
+
+
+def whole() -> Image.Image:
+    """Open the PNG that lies behind those below."""
+    return opened(png_of(HEAD, IDAT, END)())
+
+
+PNG_CHUNKS = [
+    *[
+        cut_png(name, count, build)
+        for name, build in {
+            "rgb": save("RGB", "PNG"),
+            "palette": save("P", "PNG"),
+            "rgba": save("RGBA", "PNG"),
+            "16-bit-grey": save("I;16", "PNG"),
+            "interlaced": lambda: im.interlaced_picture()[0],
+        }.items()
+        for count in (1, 4, 5, 8, 12, 14, 16)
+    ],
+    *[
+        damaged(f"png-{mode.lower()}-cut-in-its-pixels", cut_by(60, save(mode, "PNG")))
+        for mode in ("RGB", "RGBA", "P")
+    ],
+    good("png-with-half-a-text-instead-of-its-end", png_of(HEAD, IDAT, TEXT[:9]), whole),
+    good("png-with-zeros-instead-of-its-end", png_of(HEAD, IDAT, bytes(99))),
+    good(
+        "png-with-html-instead-of-its-end",
+        png_of(HEAD, IDAT, b"<!doctype html><p>x</p>" * 9),
+        whole,
+    ),
+    good("png-whose-last-chunk-claims-2-gb", png_of(HEAD, IDAT, b"\x7f\xff\xff\xfftEXtxyz"), whole),
+    damaged("png-two-headers", png_of(HEAD, LARGER, IDAT, END)),
+    damaged("png-two-headers-the-larger-first", png_of(im.ihdr((9, 9)), HEAD, IDAT, END)),
+    damaged("png-two-equal-headers", png_of(HEAD, HEAD, IDAT, END)),
+    damaged("png-a-header-behind-its-palette", png_of(HEAD, COLORS, LARGER, IDAT, END)),
+    damaged("png-a-header-between-its-pixels", png_of(HEAD, FIRST, LARGER, SECOND, END)),
+    damaged("png-a-header-behind-its-pixels", png_of(HEAD, IDAT, LARGER, END)),
+    damaged("png-a-text-before-its-header", png_of(TEXT, HEAD, IDAT, END)),
+    damaged("png-apples-chunk-before-its-header", png_of(im.chunk(b"CgBI"), HEAD, IDAT, END)),
+    damaged("png-pixels-before-its-header", png_of(IDAT, HEAD, END)),
+    damaged("png-without-a-header", png_of(IDAT, END)),
+    damaged("png-header-of-14-bytes", png_of(im.chunk(b"IHDR", HEAD[8:21] + b"x"), IDAT, END)),
+    damaged("png-header-of-12-bytes", png_of(im.chunk(b"IHDR", HEAD[8:20]), IDAT, END)),
+    damaged("png-pixels-apart", png_of(HEAD, FIRST, TEXT, SECOND, END)),
+    good("png-pixels-in-two-chunks", png_of(HEAD, FIRST, SECOND, END)),
+    good("png-more-pixels-than-it-needs", png_of(HEAD, IDAT, TEXT, IDAT, END)),
+    damaged("png-two-palettes", png_of(im.ihdr((8, 8), 8, 3), COLORS, OTHERS, INDICES, END)),
+    good(
+        "png-a-palette-behind-its-pixels",
+        png_of(im.ihdr((8, 8), 8, 3), COLORS, INDICES, OTHERS, END),
+    ),
+    good("png-an-unknown-chunk-that-it-needs", png_of(HEAD, im.chunk(b"MUST"), IDAT, END)),
+    good("png-an-unknown-chunk", png_of(HEAD, im.chunk(b"caNt", b"x" * 99), IDAT, END)),
+]
+FRAME = im.segment(0xC0, struct.pack(">BHHB", 8, 2000, 2000, 1) + b"\1\x11\0")
+TWICE = [
+    damaged("jpeg-two-frames", lambda: im.with_segments(FRAME)),
+    damaged(
+        "jpeg-two-frames-the-larger-last",
+        lambda: (
+            (data := im.ordinary("JPEG"))[: data.index(b"\xff\xda")]
+            + FRAME
+            + data[data.index(b"\xff\xda") :]
+        ),
+    ),
+    damaged(
+        "webp-two-extensions",
+        lambda: im.riff(im.vp8x((64, 48)), im.vp8x((4000, 4000)), im.webp_stream()),
+    ),
+    damaged(
+        "webp-two-extensions-the-larger-first",
+        lambda: im.riff(im.vp8x((4000, 4000)), im.vp8x((64, 48)), im.webp_stream()),
+    ),
+    good("webp-two-pictures", lambda: im.riff(im.webp_stream(), im.vp8l_header((4000, 4000)))),
 ]
 
 REFUSED = [
@@ -391,12 +525,12 @@ FILES = Path(__file__).with_name("files")
 
 
 def file(name: str) -> Callable[[], bytes]:
-    """Return a reader of a file that takes too long to make."""
+    """Make a reader of a stored file, which would take too long to encode."""
     return lambda: (FILES / name).read_bytes()
 
 
 def noise(mode: str, size: tuple[int, int], format: str, **options) -> Callable[[], bytes]:
-    """Return a builder of an image of seeded noise, in tiles."""
+    """Make a builder of an image of seeded noise, in tiles."""
 
     def build() -> bytes:
         side = 777
@@ -410,7 +544,7 @@ def noise(mode: str, size: tuple[int, int], format: str, **options) -> Callable[
 
 
 def paeth(size: tuple[int, int], depth: int, color: int) -> Callable[[], bytes]:
-    """Return a builder of a PNG whose every byte takes the longest to undo."""
+    """Make a builder of a PNG whose filter takes the longest to undo."""
     return lambda: im.png_rows(size, depth, color, 4, random.Random(1).randbytes(4099))
 
 
@@ -434,6 +568,7 @@ HEAVY = [
         noise("RGBA", (5000, 4999), "WEBP", lossless=True, quality=0, method=0),
         heavy=True,
     ),
+    good("webp-1-megapixel-of-65536-groups", im.huffman_groups, heavy=True),
     good(
         "webp-20-megapixels", noise("RGB", (5000, 4000), "WEBP", quality=40, method=0), heavy=True
     ),
@@ -461,81 +596,135 @@ HEAVY = [
 ]
 
 
-# AVIF: what its boxes say and what its AV1 says
+# AVIF: boxes and AV1 that contradict each other
 
 
 def cell(**options) -> av.Item:
-    """Return 64 x 64 pixels in AV1, the smallest cell of a grid."""
+    """Make 64 x 64 pixels in AV1, the smallest cell of a grid."""
     return av.coded((64, 64), **options)
 
 
 def alpha(item: av.Item) -> av.Item:
-    """Return the item as the transparency of another."""
+    """Mark an item as the transparency of another."""
     return replace(item, properties=(*item.properties, av.ALPHA))
 
 
 def with_alpha(item: av.Item, transparency: av.Item, *more: tuple) -> bytes:
-    """Return an AVIF of two items."""
+    """Make an AVIF of two items."""
     return av.avif(item, alpha(transparency), links=[(b"auxl", 2, [1]), *more])
 
 
 def of(item: av.Item, **changes) -> Callable[[], bytes]:
-    """Return a builder of an AVIF of one item, with changes."""
+    """Make a builder of an AVIF of one item, with changes."""
     return lambda: av.avif(replace(item, **changes))
 
 
 def also(*properties: bytes) -> Callable[[], bytes]:
-    """Return a builder of an AVIF with more properties."""
+    """Make a builder of an AVIF with more properties."""
     return lambda: av.avif(replace(cell(), properties=(*cell().properties, *properties)))
 
 
 def grey() -> av.Item:
-    """Return 64 x 64 pixels of grey in AV1."""
+    """Make 64 x 64 pixels of grey in AV1."""
     return cell(mode="L", subsampling="4:0:0")
 
 
 def grid(rows: int = 1, columns: int = 2, item: av.Item | None = None) -> list[av.Item]:
-    """Return a grid and its cells."""
+    """Make a grid and its cells."""
     head = av.grid(rows, columns, 64 * columns, 64 * rows)
     return [head, *[item or cell()] * (rows * columns)]
 
 
 def in_another_item() -> bytes:
-    """Return an AVIF whose bytes are, so it says, to be counted from inside another item."""
+    """Make an AVIF that claims that its bytes are inside another item."""
     data = av.avif(cell())
     at = data.index(b"iloc") + 18  # version, sizes, count, number
     return data[:at] + b"\0\2" + data[at + 2 :]
 
 
 def extents_of_no_bytes(items: int) -> bytes:
-    """Return an AVIF whose table of places is short and takes for ever to read."""
+    """Make an AVIF whose table of places is short, and lists millions of extents."""
     rows = struct.pack(">HHH", 1, 0, 65_535) * items
     iloc = av.box(b"iloc", struct.pack(">IBBH", 0, 0, 0, items), rows)
     return av.avif(cell(), more=iloc)
 
 
 def two_grids() -> bytes:
-    """Return a picture and its transparency, both of them grids."""
+    """Make a picture and its transparency, both of them grids."""
     (color, *cells), (mask, *masks) = grid(), grid(item=grey())
     links = [(b"dimg", 1, [2, 3]), (b"dimg", 4, [5, 6]), (b"auxl", 4, [1])]
     return av.avif(color, *cells, alpha(mask), *masks, links=links)
 
 
 def video(*parts: bytes, size: tuple[int, int] = (64, 48)) -> Callable[[], bytes]:
-    """Return a builder of an AVIF around units written by hand."""
+    """Make a builder of an AVIF around units written by hand."""
     item = replace(av.coded(), data=b"".join(parts))
     return lambda: av.avif(av.sized(item, *size))
 
 
 def without(kind: bytes) -> Callable[[], bytes]:
-    """Return a builder of an AVIF whose one box of a kind is another."""
+    """Make a builder of an AVIF in which one box of a kind has another kind."""
     return lambda: av.avif(cell()).replace(kind, b"free", 1)
 
 
 def save_flat(mode: str, size: tuple[int, int], **options) -> Callable[[], bytes]:
-    """Return a builder of one colour as an AVIF, encoded in one thread."""
+    """Make a builder of one colour as an AVIF, encoded in one thread."""
     image = Image.new(mode, (1, 1), 90)
     return lambda: im.saved(image.resize(size), "AVIF", speed=10, max_threads=1, **options)
+
+
+def crowded(count: int, headers: Callable[[int], list[bytes]]) -> Callable[[], bytes]:
+    """Make a builder of a grid of different cells, each with more sequence headers."""
+
+    def build() -> bytes:
+        rows, data = count // 32, cell().data
+        cells = [replace(cell(), data=b"".join(headers(i)) + data) for i in range(count)]
+        links = [(b"dimg", 1, list(range(2, count + 2)))]
+        return av.avif(av.grid(rows, 32, 64 * 32, 64 * rows), *cells, links=links)
+
+    return build
+
+
+def header_of(i: int) -> bytes:
+    """Make one of many sequence headers."""
+    return av.long_sequence(1 + i % 60_000, 1 + i // 60_000)
+
+
+def first_header() -> bytes:
+    """Take the sequence header out of a cell."""
+    data = cell().data
+    return data[data.index(b"\x0a") : data.index(b"\x32")]
+
+
+def padding(i: int) -> bytes:
+    """Make one of many units that say nothing."""
+    return av.unit(15, struct.pack(">I", i))
+
+
+def many_items(count: int) -> bytes:
+    """Make an AVIF of very many pictures, each the transparency of the first."""
+    links = [(b"auxl", 2 + i, [1]) for i in range(count)]
+    masks = [alpha(grey())] * count
+    return av.avif(cell(), *masks, links=links)
+
+
+def nested(depth: int) -> bytes:
+    """Make boxes within boxes."""
+    data = b""
+    for _ in range(depth):
+        data = av.box(b"meta", bytes(4), data)
+    return data
+
+
+def one_cell_a_thousand_times(**changes) -> bytes:
+    """Make a grid whose cells are all one item."""
+    head = av.grid(32, 32, 64 * 32, 64 * 32)
+    return av.avif(head, replace(cell(), **changes), links=[(b"dimg", 1, [2] * 1024)])
+
+
+def mosaic() -> Image.Image:
+    """Open the same grid of as many items as it has cells."""
+    return Image.open(im.io.BytesIO(av.mosaic(32, 32, cell())))
 
 
 LONG, OWN = av.long_sequence, av.frame_of_its_own_size
@@ -621,6 +810,49 @@ AVIFS = [
         lambda: av.avif(av.flat((5000, 4000), advanced={"film-grain-test": "1"})),
     ),
     limited("avif-18-megapixels-of-12-bits", file("18-megapixels-of-12-bits.avif")),
+    *[
+        limited(
+            f"avif-16000-by-16000-of-equal-intervals-{zeros}",
+            video(LONG(16_000, 16_000, av.equal_intervals(zeros)), OWN(64, 48)),
+        )
+        for zeros in (0, 1, 2, 7, 13, 31)
+    ],
+    good(
+        "avif-1024-cells-of-95-equal-sequence-headers",
+        lambda: av.mosaic(32, 32, replace(cell(), data=first_header() * 95 + cell().data)),
+    ),
+    limited(
+        "avif-1024-cells-of-96-sequence-headers",
+        crowded(1024, lambda i: [header_of(95 * i + n) for n in range(95)]),
+    ),
+    limited(
+        "avif-32-cells-of-10-sequence-headers",
+        crowded(32, lambda i: [header_of(10 * i + n) for n in range(10)]),
+    ),
+    limited(
+        "avif-1024-cells-of-96-other-units",
+        crowded(1024, lambda i: [padding(95 * i + n) for n in range(95)]),
+    ),
+    good("avif-1024-different-cells", crowded(1024, lambda i: [padding(i), padding(i)])),
+    good("avif-one-cell-1024-times", one_cell_a_thousand_times, mosaic),
+    good(
+        "avif-one-cell-of-3000-extents-1024-times",
+        lambda: one_cell_a_thousand_times(extents=(*((0, 0),) * 3000, (0, len(cell().data)))),
+        mosaic,
+    ),
+    good(
+        "avif-one-cell-of-250-properties-1024-times",
+        lambda: one_cell_a_thousand_times(
+            properties=(
+                *cell().properties,
+                b"pixi\0\0\0\0\3\10\10\10",
+                *[b"pixi\0\0\0\0\1" + bytes([i]) for i in range(240)],
+            )
+        ),
+        mosaic,
+    ),
+    good("avif-of-2000-transparencies", lambda: many_items(2000)),
+    good("avif-beside-boxes-in-boxes", lambda: av.avif(cell(), behind=nested(3000))),
     limited("avif-1000-units", of(cell(), data=av.unit(15, b"") * 1000 + cell().data)),
     limited(
         "avif-the-same-bytes-20-times",
@@ -656,6 +888,8 @@ AVIFS = [
     damaged("avif-sequence-without-a-frame", video(LONG(64, 48))),
     damaged("avif-unit-longer-than-the-rest", video(LONG(64, 48), b"\x32\xff\xff\x03")),
     damaged("avif-of-zeros", of(cell(), data=bytes(999))),
+    unsupported("avif-film-without-a-still", lambda: av.film(im.animation("AVIF"))),
+    unsupported("avif-film-without-a-primary", lambda: av.without_primary(im.animation("AVIF"))),
     *[
         damaged(f"avif-without-{kind.decode()}", without(kind))
         for kind in (b"meta", b"pitm", b"iloc", b"iinf", b"iprp", b"ipco", b"ipma")
@@ -677,4 +911,15 @@ AVIFS = [
     ),
 ]
 
-ROWS = [*MODES, *BESIDES, *DAMAGED, *REFUSED, *POLYGLOTS, *LIMITED, *AVIFS, *HEAVY]
+ROWS = [
+    *MODES,
+    *BESIDES,
+    *DAMAGED,
+    *PNG_CHUNKS,
+    *TWICE,
+    *REFUSED,
+    *POLYGLOTS,
+    *LIMITED,
+    *AVIFS,
+    *HEAVY,
+]

@@ -1,4 +1,4 @@
-"""The catalogue's rows for payloads: jobs that are rightly signed, where they can be, and wrong.
+"""The catalogue's rows for payloads: malformed jobs, with a valid signature where possible.
 
 A row is data: its `id`, the `code` that the reply must carry ("OK": a vector), `build`, which makes
 the whole job from a `Kit` of rows_auth, and the `request_id` that the reply must echo.
@@ -36,17 +36,17 @@ def failed(id: str, build: Callable[[Kit], Any], request_id: str = UNKNOWN) -> R
 
 
 def v1(**fields: Any) -> Callable[[Kit], dict[str, Any]]:
-    """Return a builder of a job signed by version 1, with more fields."""
+    """Make a builder of a job signed by version 1, with more fields."""
     return lambda kit: {"id": "job", "input": kit.v1(**fields)}
 
 
 def v2(**fields: Any) -> Callable[[Kit], dict[str, Any]]:
-    """Return a builder of a job signed by version 2 over all its fields."""
+    """Make a builder of a job signed by version 2 over all its fields."""
     return lambda kit: {"id": "job", "input": kit.v2({"image_url": kit.url, **fields})}
 
 
 def without(name: str) -> Callable[[Kit], dict[str, Any]]:
-    """Return a builder of a version 1 job that lacks a field."""
+    """Make a builder of a version 1 job that lacks a field."""
     return lambda kit: {"input": {k: v for k, v in kit.v1().items() if k != name}}
 
 

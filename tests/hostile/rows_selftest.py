@@ -1,4 +1,4 @@
-"""The catalogue's rows for the selftest: what looks like it, what hides behind it, nobody signed.
+"""The catalogue's rows for the selftest: unsigned requests that resemble it or hide behind it.
 
 A row is data as in rows_payload: only `{"selftest": True}`, alone and exactly, needs no signature.
 """
@@ -24,17 +24,17 @@ class Eager(dict):
 
 
 def bare(**fields: Any) -> Any:
-    """Return a builder of an unsigned job with these fields."""
+    """Make a builder of an unsigned job with these fields."""
     return lambda kit: {"id": "job", "input": dict(fields)}
 
 
 def beside(fields: Mapping[str, Any]) -> Any:
-    """Return a builder of an unsigned job with the selftest and these fields."""
+    """Make a builder of an unsigned job with the selftest and these fields."""
     return lambda kit: {"id": "job", "input": {**PLAIN, **fields}}
 
 
 def signed(version: str, **fields: Any) -> Any:
-    """Return a builder of a job with the selftest in it, signed by a version."""
+    """Make a builder of a signed job with the selftest in it."""
 
     def build(kit: Kit) -> dict[str, Any]:
         if version == "v1":

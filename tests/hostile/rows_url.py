@@ -1,8 +1,8 @@
-"""The catalogue's rows for URLs: what is refused before a packet goes out, and what is dialled.
+"""The catalogue's rows for URLs: what is refused before a packet is sent, and what is dialled.
 
-Every name resolves to 93.184.216.34 (`localhost` to 127.0.0.1); servers stand behind ports 80 and
-443 of every address. `dials` is the connection that must be made, or "" for none at all; `sends`
-the request line's path and query, and `host` the Host header, byte for byte.
+Every name resolves to 93.184.216.34 (`localhost` to 127.0.0.1), and a server listens on ports 80
+and 443 of every address. `dials` is the connection that must be made, or "" for none. `sends` is
+the path and query of the request line and `host` the Host header, byte for byte.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
-from heimdex_clip_worker.download import Policy
+from heimdex_clip_worker.serving.download import AddressPolicy
 
-SECRET = "s3cr3t-t0k3n"  # must not show up in any error
+SECRET = "s3cr3t-t0k3n"  # must not appear in any error
 Q = f"?token={SECRET}"
 PUBLIC = "93.184.216.34"
-LISTED = Policy(allowed_hosts=("photos.example", "*.cdn.example"))
-HTTPS_ONLY = Policy(allow_http=False)
-ANY = Policy()
-OFFICE = Policy(allowed_networks=(IPv4Network("10.0.0.0/8"),))
-CAREFREE = Policy(allowed_networks=(IPv4Network("0.0.0.0/0"),))
+LISTED = AddressPolicy(allowed_hosts=("photos.example", "*.cdn.example"))
+HTTPS_ONLY = AddressPolicy(allow_http=False)
+ANY = AddressPolicy()
+OFFICE = AddressPolicy(allowed_networks=(IPv4Network("10.0.0.0/8"),))
+EVERYTHING = AddressPolicy(allowed_networks=(IPv4Network("0.0.0.0/0"),))
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,27 @@ class Row:
     id: str
     code: str
     url: object
-    policy: Policy = Policy()
+    policy: AddressPolicy = AddressPolicy()
     dials: str = ""
     sends: str = ""
     host: str = ""
-    looks_up: bool = False  # refused by what the look-up answers; before it otherwise
+    is_resolved: bool = False  # refused because of the address; before the lookup otherwise
 
 
-def invalid(id: str, url: object, policy: Policy = ANY) -> Row:
-    """A row whose URL is not one."""
+def invalid(id: str, url: object, policy: AddressPolicy = ANY) -> Row:
+    """A row whose URL is malformed."""
     return Row(f"url-{id}", "INVALID_URL", url, policy)
 
 
-def denied(id: str, url: str, policy: Policy = ANY) -> Row:
-    """A row whose URL leads where images may not come from."""
+def denied(id: str, url: str, policy: AddressPolicy = ANY) -> Row:
+    """A row whose URL leads to a forbidden host, port or address."""
     return Row(f"url-{id}", "URL_NOT_ALLOWED", url, policy)
 
 
-def ok(id: str, url: str, sends: str, policy: Policy = ANY, dials: str = "", host: str = "") -> Row:
-    """A row whose URL must be fetched, as it stands."""
+def ok(
+    id: str, url: str, sends: str, policy: AddressPolicy = ANY, dials: str = "", host: str = ""
+) -> Row:
+    """A row whose URL must be fetched, byte for byte."""
     dials = dials or PUBLIC + (":443" if url.lower().startswith("https") else ":80")
     return Row(f"url-{id}", "ok", url, policy, dials, sends, host or "photos.example")
 
@@ -180,33 +182,33 @@ NUMBERS = [
             "broadcast": "255.255.255.255",
         }.items()
     ),
-    denied("metadata-though-everything-allowed", f"http://169.254.169.254/latest{Q}", CAREFREE),
-    denied("wireserver-though-everything-allowed", f"http://168.63.129.16/machine{Q}", CAREFREE),
-    replace(denied("localhost", f"http://localhost/{Q}"), looks_up=True),
+    denied("metadata-though-everything-allowed", f"http://169.254.169.254/latest{Q}", EVERYTHING),
+    denied("wireserver-though-everything-allowed", f"http://168.63.129.16/machine{Q}", EVERYTHING),
+    replace(denied("localhost", f"http://localhost/{Q}"), is_resolved=True),
 ]
 
 IPV6 = [
     denied(f"ipv6-{name}", f"http://[{host}]/latest/meta-data{Q}", policy)
     for name, host, policy in (
-        ("loopback", "::1", Policy()),
-        ("loopback-long", "0:0:0:0:0:0:0:1", Policy()),
-        ("unspecified", "::", Policy()),
-        ("mapped-quad", "::ffff:127.0.0.1", Policy()),
-        ("mapped-hex", "::ffff:7f00:1", Policy()),
-        ("mapped-metadata", "::ffff:169.254.169.254", Policy()),
-        ("compatible", "::127.0.0.1", Policy()),
-        ("translated", "::ffff:0:127.0.0.1", Policy()),
-        ("nat64", "64:ff9b::7f00:1", Policy()),
-        ("nat64-local", "64:ff9b:1::a9fe:a9fe", Policy()),
-        ("6to4", "2002:7f00:1::", Policy()),
-        ("teredo", "2001:0:4136:e378:8000:63bf:3fff:fdd2", Policy()),
-        ("isatap", "2606:4700::5efe:7f00:1", Policy()),
-        ("unique-local", "fd00:ec2::254", Policy()),
-        ("link-local", "fe80::1", Policy()),
-        ("multicast", "ff02::1", Policy()),
-        ("site-local", "fec0::1", Policy()),
-        ("public", "2606:4700:4700::1111", Policy()),
-        ("public-though-everything-allowed", "2606:4700:4700::1111", CAREFREE),
+        ("loopback", "::1", ANY),
+        ("loopback-long", "0:0:0:0:0:0:0:1", ANY),
+        ("unspecified", "::", ANY),
+        ("mapped-quad", "::ffff:127.0.0.1", ANY),
+        ("mapped-hex", "::ffff:7f00:1", ANY),
+        ("mapped-metadata", "::ffff:169.254.169.254", ANY),
+        ("compatible", "::127.0.0.1", ANY),
+        ("translated", "::ffff:0:127.0.0.1", ANY),
+        ("nat64", "64:ff9b::7f00:1", ANY),
+        ("nat64-local", "64:ff9b:1::a9fe:a9fe", ANY),
+        ("6to4", "2002:7f00:1::", ANY),
+        ("teredo", "2001:0:4136:e378:8000:63bf:3fff:fdd2", ANY),
+        ("isatap", "2606:4700::5efe:7f00:1", ANY),
+        ("unique-local", "fd00:ec2::254", ANY),
+        ("link-local", "fe80::1", ANY),
+        ("multicast", "ff02::1", ANY),
+        ("site-local", "fec0::1", ANY),
+        ("public", "2606:4700:4700::1111", ANY),
+        ("public-though-everything-allowed", "2606:4700:4700::1111", EVERYTHING),
     )
 ] + [
     Row("url-ipv6-zone", "INVALID_URL|URL_NOT_ALLOWED", f"http://[fe80::1%25eth0]/{Q}"),
@@ -223,7 +225,7 @@ PORTS = [
     denied("port-of-public-address", f"http://{PUBLIC}:8443/{Q}"),
     replace(
         denied("port-of-public-name-with-a-network", f"http://photos.example:8080/{Q}", OFFICE),
-        looks_up=True,
+        is_resolved=True,
     ),
     invalid("port-0", f"http://photos.example:0/{Q}"),
     invalid("port-65536", f"http://photos.example:65536/{Q}"),
@@ -292,7 +294,12 @@ SENT = [
             "lone-percent": "/a%?b=%zz",
         }.items()
     ),
-    invalid("trailing-question-mark", f"https://photos.example/{SECRET}?"),
+    ok("question-mark-at-the-end", "https://photos.example/a.jpg?", "/a.jpg"),
+    ok("question-mark-after-the-host", "https://photos.example?", "/"),
+    ok("question-mark-before-a-fragment", "http://photos.example/a%3f.jpg?#x", "/a%3f.jpg"),
+    ok("two-question-marks-at-the-end", "http://photos.example/a.jpg??", "/a.jpg??"),
+    ok("question-mark-at-the-end-of-a-query", f"http://photos.example/a.jpg{Q}?", f"/a.jpg{Q}?"),
+    denied("question-mark-after-a-private-address", "http://10.0.0.1/a.jpg?"),
 ]
 
 ROWS = [*SPLITS, *SCHEMES, *HOSTS, *NUMBERS, *IPV6, *PORTS, *LISTS, *SENT]

@@ -1,8 +1,11 @@
-"""Many mixed requests through one worker: `python tests/hostile/soak.py --count 10000`.
+"""Send many mixed requests to one worker: `python tests/hostile/soak.py --count 10000`.
 
-Honest and hostile jobs go through the real door, fetcher and decoder, over servers of this machine,
-with a fake model. Descriptors, threads and memory must stay flat, every job must have exactly one
-reply with the code it should have, and honest ones their vector unchanged. Ends with 1 otherwise.
+First an honest photograph is timed beside each kind of hostile job (see `beside.py`): it may take
+one second more than alone, and where the machine is too busy to show that, the exit status is 2 at
+best. Then valid and hostile jobs go through real authentication, fetching and
+decoding, from servers on this machine, with a fake model. Descriptors, threads and memory must not
+grow. Each job must get one reply with the expected code, and each photograph always the same
+vector. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ ROOT = HERE.parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(HERE.parent), str(HERE)]
 
+import beside  # noqa: E402
 import images as im  # noqa: E402
 import psutil  # noqa: E402
 import rows_auth  # noqa: E402
@@ -35,9 +39,8 @@ import rows_image  # noqa: E402
 import rows_payload  # noqa: E402
 import stand  # noqa: E402
 
-from heimdex_clip_worker.batch import Downloads  # noqa: E402
-from heimdex_clip_worker.decode import PixelLimits  # noqa: E402
-from heimdex_clip_worker.download import Limits  # noqa: E402
+from heimdex_clip_worker.serving.decode import PixelLimits  # noqa: E402
+from heimdex_clip_worker.serving.download import Fetcher, FetchLimits  # noqa: E402
 
 KIT = rows_auth.Kit(now=1_764_000_000)
 DRIFT = 0.05  # of memory, between the end of the warm-up and the end
@@ -46,13 +49,13 @@ PHOTOS = ("chelsea.jpg", "clock.png", "coffee.jpg", "flower.jpg")
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer one request: an honest image, or one of the ways to be nasty."""
+    """Respond to one request with a photograph, or in one of the hostile ways."""
     with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
         head = await reader.readuntil(b"\r\n\r\n")
         path = head.split(b" ")[1].decode().partition("?")[0].lstrip("/")
-        for part in ANSWERS[path] if path in ANSWERS else [ok(stand.photo(path))]:
+        for part in RESPONSES[path] if path in RESPONSES else [ok(stand.photo(path))]:
             if part is None:
-                await asyncio.wait_for(reader.read(), 20)  # until the worker has had enough
+                await asyncio.wait_for(reader.read(), 20)  # until the worker closes the connection
                 continue
             writer.write(part)
             await writer.drain()
@@ -60,18 +63,18 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def ok(body: bytes, more: str = "", length: int | None = None) -> bytes:
-    """Return a whole answer of status 200."""
+    """Make a response of status 200."""
     size = len(body) if length is None else length
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n{more}\r\n"
     return head.encode() + body
 
 
 def moved(to: str) -> bytes:
-    """Return a redirect."""
+    """Make a redirect."""
     return f"HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-ANSWERS: dict[str, list[bytes | None]] = {  # path -> what is sent; None: a wait
+RESPONSES: dict[str, list[bytes | None]] = {  # path -> what is sent; None: wait
     "404": [b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"],
     "503": [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"],
     "html": [ok(b"<!doctype html>" * 50)],
@@ -101,40 +104,42 @@ CODES = {
     "silent": "FETCH_TIMEOUT", "drip": "FETCH_TIMEOUT", "loop": "TOO_MANY_REDIRECTS",
     "inside": "URL_NOT_ALLOWED", "metadata": "URL_NOT_ALLOWED", "file": "INVALID_URL",
     "redirect-body": "SOURCE_HTTP", "garbage": "BAD_RESPONSE", "nothing": "CONNECT_FAILED",
-    "coding": "BAD_RESPONSE", "gzip": "BAD_RESPONSE", "bomb.png": "IMAGE_LIMITS",
+    "coding": "UNSUPPORTED_ENCODING", "gzip": "BAD_RESPONSE", "bomb.png": "IMAGE_LIMITS",
     "pixels.gif": "IMAGE_LIMITS", "scans.jpg": "IMAGE_LIMITS", "half.jpg": "DECODE_FAILED",
     "svg": "UNSUPPORTED_FORMAT",
 }  # fmt: skip
-SLOW = ("silent", "drip")  # each holds its place for the whole deadline
-TOO_BIG = 100_000  # characters: rows that test sizes are not for a soak
+SLOW = ("silent", "drip")  # each takes the whole deadline
+TOO_BIG = 100_000  # characters: rows that test sizes are left out
 
 
 @dataclass
 class Report:
-    """What a run found."""
+    """The results of a run."""
 
     jobs: int = 0
     seconds: float = 0.0
     codes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    at: list[tuple[int, int, int, float]] = field(default_factory=list)  # jobs, fds, threads, MiB
+    samples: list[tuple[int, int, int, float]] = field(default_factory=list)  # see `sample`
 
     def problems(self) -> list[str]:
-        """Return what must not be, in words."""
-        (_, fds, threads, held), (_, fds_after, threads_after, held_after) = self.at[0], self.at[-1]
-        found = self.wrong[:10]
+        """List the problems in words."""
+        _, fds, threads, mib = self.samples[0]
+        _, fds_after, threads_after, mib_after = self.samples[-1]
+        problems = self.wrong[:10]
         if fds_after > fds:
-            found.append(f"{fds_after} descriptors, {fds} after the warm-up")
+            problems.append(f"{fds_after} descriptors, {fds} after the warm-up")
         if threads_after > threads:
-            found.append(f"{threads_after} threads, {threads} after the warm-up")
-        if held_after > held * (1 + DRIFT):
-            found.append(f"{held_after:.0f} MiB, {held:.0f} after the warm-up")
-        return found
+            problems.append(f"{threads_after} threads, {threads} after the warm-up")
+        if mib_after > mib * (1 + DRIFT):
+            problems.append(f"{mib_after:.0f} MiB, {mib:.0f} after the warm-up")
+        return problems
 
     def table(self) -> str:
-        """Return the figures as a small table."""
+        """Format the figures as a small table."""
         lines = [f"{'jobs':>8} {'fds':>6} {'threads':>8} {'MiB':>8}"]
-        lines += [f"{n:>8,} {fds:>6} {threads:>8} {mib:>8.1f}" for n, fds, threads, mib in self.at]
+        for jobs, fds, threads, mib in self.samples:
+            lines.append(f"{jobs:>8,} {fds:>6} {threads:>8} {mib:>8.1f}")
         counts = ", ".join(f"{code} {n:,}" for code, n in self.codes.most_common())
         lines.append(counts)
         rate = (
@@ -144,18 +149,18 @@ class Report:
 
 
 def payloads() -> list[tuple[Any, set[str]]]:
-    """Return hostile jobs that never come to a download, with the codes that may answer them."""
-    found = [
+    """Make hostile jobs that end before a download, with the codes that they may end with."""
+    jobs = [
         ({"input": row.build(KIT)}, {row.code, row.or_else, "INVALID_URL"})
         for row in rows_auth.ROWS
         if row.code != "OK"
     ]
-    found += [(row.build(KIT), {row.code}) for row in rows_payload.ROWS if row.code != "OK"]
-    return [(job, codes) for job, codes in found if size_of(job) < TOO_BIG]
+    jobs += [(row.build(KIT), {row.code}) for row in rows_payload.ROWS if row.code != "OK"]
+    return [(job, codes) for job, codes in jobs if size_of(job) < TOO_BIG]
 
 
 def size_of(job: Any) -> int:
-    """Return about how many characters a job has."""
+    """Estimate how many characters a job has."""
     try:
         return len(repr(job))
     except (ValueError, RecursionError):  # an integer of too many digits
@@ -163,64 +168,64 @@ def size_of(job: Any) -> int:
 
 
 def bodies() -> dict[str, str]:
-    """Add the catalogue's small image files to what is served; return path -> code."""
-    found = {}
+    """Add the catalogue's small image files to the responses; return path -> code."""
+    codes = {}
     for row in rows_image.ROWS:
         if not row.heavy and row.code != "OK":
             data = row.build()
             if len(data) < TOO_BIG and "webp-lossless-header" not in row.id:  # of another limit
-                ANSWERS[f"row/{row.id}"] = [ok(data)]
-                found[f"row/{row.id}"] = row.code
-    return found
+                RESPONSES[f"row/{row.id}"] = [ok(data)]
+                codes[f"row/{row.id}"] = row.code
+    return codes
 
 
 def plan(count: int, base: str, seed: int) -> list[tuple[Any, set[str], str]]:
-    """Return so many jobs, the codes that may answer each, and the photograph of honest ones."""
-    choose, hostile, paths = random.Random(seed), payloads(), {**CODES, **bodies()}
+    """Make `count` jobs, the codes that each may end with, and the photograph of valid ones."""
+    rng, hostile, paths = random.Random(seed), payloads(), {**CODES, **bodies()}
     quick, jobs = [path for path in paths if path not in SLOW], []
     for number in range(count):
-        kind = choose.random()
+        kind = rng.random()
         if kind < 0.4:
-            photo = choose.choice(PHOTOS)
+            photo = rng.choice(PHOTOS)
             job = KIT.v1(url=f"{base}/{photo}?token=t0k3n", request_id=str(number))
             jobs.append(({"input": job}, {"OK"}, photo))
         elif kind < 0.7:
-            path = choose.choice(SLOW) if choose.random() < 0.02 else choose.choice(quick)
+            path = rng.choice(SLOW) if rng.random() < 0.02 else rng.choice(quick)
             job = KIT.v1(url=f"{base}/{path}?token=t0k3n", request_id=str(number))
             jobs.append(({"input": job}, {paths[path]}, ""))
         else:
-            jobs.append((*choose.choice(hostile), ""))
+            jobs.append((*rng.choice(hostile), ""))
     return jobs
 
 
-def figures(done: int) -> tuple[int, int, int, float]:
-    """Return what this process holds at the moment."""
+def sample(jobs: int) -> tuple[int, int, int, float]:  # jobs, descriptors, threads, MiB
+    """Measure what this process holds after `jobs` jobs."""
     gc.collect()
     process = psutil.Process()
-    return done, process.num_fds(), process.num_threads(), process.memory_info().rss / 2**20
+    return jobs, process.num_fds(), process.num_threads(), process.memory_info().rss / 2**20
 
 
 @contextlib.asynccontextmanager
 async def loopback_server() -> AsyncIterator[str]:
-    """Serve ANSWERS on a free port; yield the base URL."""
+    """Serve RESPONSES on a free port; yield the base URL."""
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=512)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def settle() -> None:
-    """Let the last connections close."""
+async def wait_for_connections() -> None:
+    """Wait until the last connections have closed."""
     await asyncio.sleep(0.3)
 
 
 async def soak(count: int, concurrency: int, seed: int, steps: int, warm_up: float = 0.3) -> Report:
-    """Send `count` jobs; return what was seen. The first share of them warms up."""
-    report, limits = Report(jobs=count), Limits(max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S)
-    downloads = Downloads(limits, stand.loopback())
+    """Send `count` jobs and report; the first share of them is the warm-up."""
+    report, limits = Report(jobs=count), FetchLimits(max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S)
+    fetcher = Fetcher(limits, stand.loopback())
     pixels = PixelLimits(max_pixels=5_000_000)
     vectors: dict[str, list[float]] = {}
     async with loopback_server() as base:
-        worker = stand.make_worker(KIT, downloads, limits=pixels)
+        worker = stand.make_worker(KIT, fetcher, limits=pixels)
         async with stand.running(worker):
             jobs = plan(count, base, seed)
             start, position, step = time.perf_counter(), 0, -(-count // steps)
@@ -230,26 +235,26 @@ async def soak(count: int, concurrency: int, seed: int, steps: int, warm_up: flo
                 code = stand.code_of(reply)
                 report.codes[code] += 1
                 if code not in codes:
-                    report.wrong.append(f"{code} in the place of {codes}: {str(job)[:150]}")
+                    report.wrong.append(f"{code} instead of {codes}: {str(job)[:150]}")
                 if photo and code == "OK":
                     if vectors.setdefault(photo, reply["embedding"]) != reply["embedding"]:
                         report.wrong.append(f"another vector for {photo}")
                     if reply["request_id"] != job["input"]["request_id"]:
                         report.wrong.append("another request's id")
 
-            places = asyncio.Semaphore(concurrency)
+            slots = asyncio.Semaphore(concurrency)
 
-            async def in_turn(job: Any) -> None:
-                async with places:
+            async def send_in_slot(job: Any) -> None:
+                async with slots:
                     await send(*job)
 
             while position < count:
                 share = jobs[position : position + step]
-                await asyncio.gather(*(in_turn(job) for job in share))
+                await asyncio.gather(*(send_in_slot(job) for job in share))
                 position += len(share)
                 if position >= warm_up * count:
-                    await settle()
-                    report.at.append(figures(position))
+                    await wait_for_connections()
+                    report.samples.append(sample(position))
             report.seconds = time.perf_counter() - start
     if sum(report.codes.values()) != count:
         report.wrong.append(f"{sum(report.codes.values())} replies to {count} jobs")
@@ -257,15 +262,20 @@ async def soak(count: int, concurrency: int, seed: int, steps: int, warm_up: flo
 
 
 def main() -> int:
-    """Run a soak and print its figures."""
+    """Run the soak and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10, help="how often to look")
-    given = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=10, help="number of measurements")
+    parser.add_argument("--beside", type=float, default=2.0, help="seconds of a round; 0: none")
+    args = parser.parse_args()
     logging.getLogger("heimdex_clip_worker").setLevel(logging.CRITICAL)
-    report = asyncio.run(soak(given.count, given.concurrency, given.seed, given.steps))
+    status = 0
+    if args.beside:
+        results = asyncio.run(beside.measure_all(beside.KINDS, seconds=args.beside))
+        status = beside.exit_status(results)
+    report = asyncio.run(soak(args.count, args.concurrency, args.seed, args.steps))
     print(report.table())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -273,7 +283,8 @@ def main() -> int:
     print(f"peak {peak:,.0f} MiB, {os.cpu_count()} CPUs")
     for problem in report.problems():
         print(f"WRONG: {problem}")
-    return int(bool(report.problems()))
+        status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A worker with all of its parts but the weights, for rows that go through the whole handler."""
+"""A complete worker with a fake model, for rows that go through the whole handler."""
 
 from __future__ import annotations
 
@@ -8,67 +8,63 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from ipaddress import IPv4Network
-from pathlib import Path
 from typing import Any
 
 from fake_worker import FakeEmbedder, FakeText
 from rows_auth import Kit
 
-import heimdex_clip_worker
 from heimdex_clip_worker.auth import Keyring
-from heimdex_clip_worker.batch import Downloads, Pipeline
 from heimdex_clip_worker.contract import decode_vector
-from heimdex_clip_worker.decode import PixelLimits
-from heimdex_clip_worker.download import Fetcher, Limits, Policy
 from heimdex_clip_worker.errors import error_table
-from heimdex_clip_worker.handler import Door, Service, Worker
+from heimdex_clip_worker.handler import Authenticator, Worker
+from heimdex_clip_worker.model.photos import PHOTOS
+from heimdex_clip_worker.serving.decode import PixelLimits
+from heimdex_clip_worker.serving.download import AddressPolicy, Fetcher, FetchLimits
+from heimdex_clip_worker.serving.pipeline import Pipeline
 
-PHOTOS = Path(heimdex_clip_worker.__file__).with_name("photos")
 CODES = frozenset(error_table())
 SECRETS = re.compile(r"hostile-rows|[0-9a-f]{64}|token=|t0k3n|Traceback|File \"")
 
 
-class Canned(Downloads):
-    """Downloads without a network: every URL holds the same bytes."""
+class Canned(Fetcher):
+    """A fetcher without a network: every URL holds the same bytes."""
 
     def __init__(self, data: bytes, after: Callable[[], Any] | None = None):
-        super().__init__(Limits(), Policy())
-        self.data, self.after, self.asked = data, after, 0
+        super().__init__(FetchLimits(), AddressPolicy())
+        self.data, self.after, self.count = data, after, 0  # fetches so far
+
+    async def __aenter__(self) -> Canned:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Nothing is open."""
 
     async def fetch(self, url: str) -> bytes:
-        self.asked += 1
+        self.count += 1
         if self.after:
             await self.after()
         return self.data
 
-    async def close(self) -> None:
-        """Nothing is open."""
 
+class Unresolved(Fetcher):
+    """The real fetcher, over a resolver that records the names and knows none of them."""
 
-class Asking(Downloads):
-    """The real Fetcher, over a resolver that writes down who asked and knows nobody."""
-
-    def __init__(self, limits: Limits | None = None):
-        super().__init__(limits or Limits(timeout_s=5), Policy())
+    def __init__(self, limits: FetchLimits | None = None):
+        super().__init__(limits or FetchLimits(timeout_s=5), AddressPolicy(), resolve=self.resolve)
         self.names: list[str] = []
 
-    async def _keep_open(self, ready: Any) -> None:
-        async def resolve(host: str) -> list[str]:
-            self.names.append(host)
-            raise OSError("nobody is known here")
-
-        async with Fetcher(self.limits, self.policy, resolve=resolve) as fetcher:
-            ready.set_result(fetcher)
-            await ready.get_loop().create_future()
+    async def resolve(self, host: str) -> list[str]:
+        self.names.append(host)
+        raise OSError("no name is known here")
 
 
 def photo(name: str = "chelsea.jpg") -> bytes:
-    """Return a photograph's file."""
+    """Read a photograph's file."""
     return (PHOTOS / name).read_bytes()
 
 
 def keyring(kit: Kit) -> Keyring:
-    """Return the keys that a kit signs with."""
+    """Make a keyring of the keys that a kit signs with."""
     return Keyring(
         kit.v1_secret,
         kit.keys,
@@ -80,43 +76,44 @@ def keyring(kit: Kit) -> Keyring:
 
 def make_worker(
     kit: Kit,
-    downloads: Downloads,
+    fetcher: Fetcher,
     *,
     embedder: Any = None,
     on_fatal: Callable[[], None] = lambda: None,
     limits: PixelLimits | None = None,
     selftest: bool = True,
     max_batch: int = 64,
+    decode_workers: int | None = None,  # None: as many as there are CPUs
 ) -> Worker:
-    """Return a worker whose clock stands at the kit's time."""
+    """Make a worker whose clock stands at the kit's time."""
     pipeline = Pipeline(
         embedder or FakeEmbedder.load("ViT-B-32"),
-        downloads,
+        fetcher,
         limits or PixelLimits(),
-        decode_workers=os.cpu_count() or 1,
+        decode_workers=decode_workers or os.cpu_count() or 1,
         max_batch=max_batch,
         load_text=FakeText.load,
     )
-    door = Door(keyring(kit), clock=lambda: kit.now + 0.25)
-    return Worker(Service(door, pipeline, selftest=selftest), on_fatal=on_fatal)
+    authenticator = Authenticator(keyring(kit), clock=lambda: kit.now + 0.25)
+    return Worker(authenticator, pipeline, selftest=selftest, on_fatal=on_fatal)
 
 
 @contextlib.asynccontextmanager
 async def running(worker: Worker) -> AsyncIterator[Worker]:
-    """Close what the worker opened, its threads too, when the block is left."""
+    """Close the worker's connections and threads at the end of the block."""
     try:
         yield worker
     finally:
-        await worker.service.pipeline.close()
+        await worker.pipeline.close()
 
 
-def loopback() -> Policy:
-    """Return a policy under which servers of this machine can be reached."""
-    return Policy(allowed_networks=(IPv4Network("127.0.0.0/8"),))
+def loopback() -> AddressPolicy:
+    """Make a policy that allows the servers of this machine."""
+    return AddressPolicy(allowed_networks=(IPv4Network("127.0.0.0/8"),))
 
 
 def code_of(reply: dict[str, Any]) -> str:
-    """Check a reply's form; return its code: OK for a vector or many results, SELFTEST for that."""
+    """Check a reply's form; return its code, or OK for vectors, or SELFTEST for a self-test."""
     text = json.dumps(reply, allow_nan=False, ensure_ascii=False).encode().decode()
     assert not SECRETS.search(text), text[:300]
     if "results" in reply:

@@ -1,4 +1,4 @@
-"""The catalogue's rows for authentication against `auth.verify`: one row, one test with its id."""
+"""Run the catalogue's rows for authentication against `auth.verify`, one test for each row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from heimdex_clip_worker.errors import AuthFailed
 
 
 def sibling(name: str) -> ModuleType:
-    """Import a module that lies beside this one."""
+    """Import a module from this folder."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -47,14 +47,14 @@ def test_row(row):
     except AuthFailed as error:
         code, detail = error.code, error.detail
         assert str(error) == "Authentication failed"
-    spent = time.thread_time() - start
+    seconds = time.thread_time() - start
 
     assert code == row.code, detail
-    assert spent < 0.05, f"{spent * 1000:.1f} ms of CPU"  # at most a few on a quiet machine
+    assert seconds < 0.05, f"{seconds * 1000:.1f} ms of CPU"  # at most a few on a quiet machine
     assert not re.search(r"[0-9a-f]{32}|token|hostile-rows", detail), detail
 
 
-def test_rows_have_ids_of_their_own():
+def test_the_ids_of_rows_are_unique():
     ids = [row.id for row in rows_auth.ROWS]
     assert len(set(ids)) == len(ids)
 

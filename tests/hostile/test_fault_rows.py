@@ -1,4 +1,4 @@
-"""The catalogue's rows for faults inside, through the whole handler."""
+"""The catalogue's rows for faults inside the worker, through the whole handler."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import stand
 import torch
 from fake_worker import FakeEmbedder, mean_and_size
 
-from heimdex_clip_worker.batch import Batcher
-from heimdex_clip_worker.embed import Embedder
 from heimdex_clip_worker.errors import InferenceFailed
+from heimdex_clip_worker.model.image import Embedder
+from heimdex_clip_worker.serving.batcher import Batcher
+
+pytestmark = pytest.mark.model
 
 KIT = rows_auth.Kit(now=1_764_000_000)
 JOB = {"id": "job", "input": KIT.v1(request_id="r")}
@@ -25,7 +27,7 @@ FINE = FakeEmbedder.load("ViT-B-32")
 
 
 class Tower(torch.nn.Module):
-    """A tower that is a function."""
+    """A tower that calls a function."""
 
     def __init__(self, function):
         super().__init__()
@@ -36,20 +38,20 @@ class Tower(torch.nn.Module):
 
 
 class Below(FakeEmbedder):
-    """The fake with the real way to run a tower."""
+    """The fake embedder with the real `encode`."""
 
     encode = Embedder.encode
 
 
 class Instead(FakeEmbedder):
-    """The fake with a function in the place of its encode."""
+    """The fake embedder with a function in place of `encode`."""
 
     def encode(self, pixels):
         return self.tower.function(pixels)
 
 
 def once(fail):
-    """Return a function that fails on its first call and works from then on."""
+    """Make a function that fails on its first call and works from then on."""
     calls = []
 
     def function(pixels):
@@ -60,20 +62,20 @@ def once(fail):
 
 
 def embedder(kind: type, function) -> Embedder:
-    """Return a fake embedder around a function."""
+    """Make a fake embedder around a function."""
     return dataclasses.replace(kind.load("ViT-B-32"), tower=Tower(function))
 
 
 @pytest.mark.parametrize("row", rows_fault.ROWS, ids=lambda row: row.id)
 def test_row(row, caplog):
     caplog.set_level(logging.DEBUG, "heimdex_clip_worker")
-    told = []
+    calls = []
 
     async def two() -> list[dict]:
         model = embedder(Below if row.in_tower else Instead, once(row.fail))
-        downloads = stand.Canned(stand.photo())
+        fetcher = stand.Canned(stand.photo())
         worker = stand.make_worker(
-            KIT, downloads, embedder=model, on_fatal=lambda: told.append("lost")
+            KIT, fetcher, embedder=model, on_fatal=lambda: calls.append("lost")
         )
         async with stand.running(worker):
             return [await asyncio.wait_for(worker.handle(JOB), 3) for _ in range(2)]
@@ -83,7 +85,7 @@ def test_row(row, caplog):
     assert reply.get("refresh_worker", False) is row.fatal
     assert stand.code_of(after) == ("INFERENCE_FAILED" if row.fatal else "OK")
     assert after.get("refresh_worker", False) is row.fatal
-    assert told == ["lost"] * row.fatal
+    assert calls == ["lost"] * row.fatal
     for record in caplog.records:
         text = record.getMessage()
         assert not stand.SECRETS.search(text) and record.exc_info is None and "\n" not in text
@@ -91,7 +93,7 @@ def test_row(row, caplog):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("text", rows_fault.OOM)
-def test_memory_that_suffices_for_half_a_batch(size, text):
+def test_memory_that_is_enough_for_half_a_batch(size, text):
     seen = []
 
     def function(pixels):
@@ -107,7 +109,7 @@ def test_memory_that_suffices_for_half_a_batch(size, text):
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
-def test_memory_that_never_suffices(size):
+def test_memory_that_is_never_enough(size):
     seen = []
 
     def function(pixels):
@@ -120,7 +122,7 @@ def test_memory_that_never_suffices(size):
 
 
 class Slow(FakeEmbedder):
-    """The fake, held up in one of its steps until it is let go."""
+    """The fake embedder, held up in one of its steps until it is released."""
 
     held, reached = threading.Event(), threading.Event()
     step = ""
@@ -152,8 +154,8 @@ def test_cancelled(step):
             await asyncio.sleep(60)
 
     async def cancel() -> dict:
-        downloads = stand.Canned(stand.photo(), hold)
-        worker = stand.make_worker(KIT, downloads, embedder=Slow.load("ViT-B-32"))
+        fetcher = stand.Canned(stand.photo(), hold)
+        worker = stand.make_worker(KIT, fetcher, embedder=Slow.load("ViT-B-32"))
         async with stand.running(worker):
             try:
                 task = asyncio.ensure_future(worker.handle(JOB))
@@ -169,7 +171,7 @@ def test_cancelled(step):
     assert stand.code_of(reply) == "OK"
 
 
-def test_a_fault_harms_none_of_its_neighbours():
+def test_a_fault_does_not_affect_its_neighbours():
     def function(pixels):
         if 451 in pixels[:, 3]:  # chelsea's width
             raise SystemExit(1)
@@ -177,8 +179,8 @@ def test_a_fault_harms_none_of_its_neighbours():
 
     class Mixed(stand.Canned):
         async def fetch(self, url: str) -> bytes:
-            self.asked += 1
-            return stand.photo("chelsea.jpg" if self.asked % 2 else "clock.png")
+            self.count += 1
+            return stand.photo("chelsea.jpg" if self.count % 2 else "clock.png")
 
     async def many() -> list[dict]:
         worker = stand.make_worker(KIT, Mixed(b""), embedder=embedder(Below, function))
@@ -189,11 +191,11 @@ def test_a_fault_harms_none_of_its_neighbours():
     assert codes.count("OK") == 20 and codes.count("INTERNAL") == 20
 
 
-def test_a_lost_device_is_not_asked_again():
-    asked = []
+def test_a_batch_on_a_lost_device_is_not_retried():
+    sizes = []
 
     def run(items):
-        asked.append(len(items))
+        sizes.append(len(items))
         raise InferenceFailed(fatal=True)
 
     async def eight() -> None:
@@ -202,29 +204,45 @@ def test_a_lost_device_is_not_asked_again():
             await asyncio.gather(*map(batcher.submit, range(8)), return_exceptions=True)
 
     asyncio.run(eight())
-    assert asked == [8]
+    assert sizes == [8]
 
 
-def test_an_exit_beside_the_threads_stays_in_its_job():
+def test_system_exit_on_the_event_loop_stays_in_its_job():
     async def leave() -> None:
         raise SystemExit(1)
 
     async def two() -> list[dict]:
-        downloads = stand.Canned(stand.photo(), leave)
-        async with stand.running(stand.make_worker(KIT, downloads)) as worker:
+        fetcher = stand.Canned(stand.photo(), leave)
+        async with stand.running(stand.make_worker(KIT, fetcher)) as worker:
             first = await worker.handle(JOB)
-            downloads.after = None
+            fetcher.after = None
             return [first, await worker.handle(JOB)]
 
     assert [stand.code_of(reply) for reply in asyncio.run(two())] == ["INTERNAL", "OK"]
+
+
+def test_system_exit_on_the_event_loop_stays_in_its_item():
+    class Mixed(stand.Canned):
+        async def fetch(self, url: str) -> bytes:
+            if url.endswith("exit"):
+                raise SystemExit(1)
+            return self.data
+
+    async def many() -> dict:
+        images = [{"image_url": f"https://images.example/{name}"} for name in ("a", "exit", "b")]
+        async with stand.running(stand.make_worker(KIT, Mixed(stand.photo()))) as worker:
+            return await worker.handle({"input": KIT.v2({"images": images})})
+
+    results = asyncio.run(many())["results"]
+    assert [stand.code_of(result) for result in results] == ["OK", "INTERNAL", "OK"]
 
 
 def test_a_reply_that_json_cannot_hold_is_an_error():
     model = dataclasses.replace(FakeEmbedder.load("ViT-B-32"), space_id=b"bytes")
 
     async def one() -> dict:
-        downloads = stand.Canned(stand.photo())
-        async with stand.running(stand.make_worker(KIT, downloads, embedder=model)) as worker:
+        fetcher = stand.Canned(stand.photo())
+        async with stand.running(stand.make_worker(KIT, fetcher, embedder=model)) as worker:
             return await worker.handle(JOB)
 
     assert stand.code_of(asyncio.run(one())) == "INTERNAL"

@@ -1,4 +1,4 @@
-"""The short fuzz of the suite, and every input that ever failed, for ever."""
+"""The suite's short fuzz run, and every input that failed once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 import fuzz
 import pytest
 
+pytestmark = [pytest.mark.model, pytest.mark.process]
+
 COUNT = 30_000
 KEPT = sorted(fuzz.REGRESSIONS.glob("*.bin"))
 
 
-def test_mutated_images_end_in_a_picture_or_a_declared_code():
+def test_mutated_images_end_in_an_image_or_a_declared_code():
     command = [sys.executable, fuzz.__file__, "--count", str(COUNT), "--processes", "2"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -21,5 +23,5 @@ def test_mutated_images_end_in_a_picture_or_a_declared_code():
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
-def test_what_once_failed(path):
+def test_an_input_that_failed_once_does_not_fail_again(path):
     assert not fuzz.outcome(path.read_bytes()).startswith("BAD")

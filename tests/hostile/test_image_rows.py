@@ -1,4 +1,4 @@
-"""The catalogue's rows for image bytes against `decode.decode`: one row, one test with its id."""
+"""The catalogue's rows for image files, decoded: each row is a test with its id."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import pytest
 import rows_image
 from PIL import Image
 
-from heimdex_clip_worker.decode import PixelLimits, decode
-from heimdex_clip_worker.embed import make_transform, trim
 from heimdex_clip_worker.errors import WorkerError
+from heimdex_clip_worker.model.image import make_transform, trim
+from heimdex_clip_worker.serving.decode import PixelLimits, decode
+
+pytestmark = [pytest.mark.model, pytest.mark.process]
 
 LIGHT = [row for row in rows_image.ROWS if not row.heavy]
 HEAVY = [row for row in rows_image.ROWS if row.heavy]
 
 
 def reference(data: bytes) -> Image.Image:
-    """Return what open_clip's pipeline sees: no orientation, no profile, no alpha."""
+    """Decode as open_clip's pipeline does: without orientation, profile and alpha."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
@@ -51,14 +53,17 @@ def test_heavy_row(row, tmp_path):
     file = tmp_path / "image"
     file.write_bytes(row.build())
     took = cost.cost(file)
-    if took["cpu_s"] >= cost.CPU_S:  # neighbours on the same core make CPU seconds longer
-        took = min(took, cost.cost(file), cost.cost(file), key=lambda once: once["cpu_s"])
+    if took["cpu_s"] >= cost.CPU_S:  # other processes on the same core make CPU seconds longer
+        again = [cost.cost(file, fresh=True) for _ in range(2)]
+        took = min(took, *again, key=lambda run: run["cpu_s"])
     assert took["code"] == row.code
     assert took["cpu_s"] < cost.CPU_S and took["mib"] < cost.MEMORY_MIB, took
+    if row.code == "OK":  # what is not of the image itself: the file, and the interpreter
+        assert took["mib"] < took["charged"] + 8 + 2 * file.stat().st_size / 2**20, took
 
 
 @pytest.mark.parametrize("size", [(1, 16_384), (16_384, 1), (16_384, 3), (30, 16_000)])
-def test_long_images_cost_no_memory_before_the_model_either(size):
+def test_long_images_take_little_memory_in_preprocessing(size):
     image = decode(rows_image.im.png_rows(size), PixelLimits())
     prepare = make_transform({}, 224)
     with cost.peak() as peak:
@@ -66,6 +71,6 @@ def test_long_images_cost_no_memory_before_the_model_either(size):
     assert peak.mib < 100
 
 
-def test_rows_have_ids_of_their_own():
+def test_row_ids_are_unique():
     ids = [row.id for row in rows_image.ROWS]
     assert len(set(ids)) == len(ids)

@@ -1,8 +1,8 @@
-"""The catalogue's rows for URLs, look-ups, TLS and HTTP, each fetched for real.
+"""The catalogue's rows for URLs, lookups, TLS and HTTP, each fetched for real.
 
-One row, one test with its id. Besides the code every test checks what holds for all of them: the
-deadline (+ 0.25 s, and what a loaded machine adds), under 50 MiB of memory, the connections that
-were made and no others, every one closed within 0.5 s, and errors that tell no secret.
+Each row is a test with its id. Besides the code, every test checks what holds for all rows: the
+fetch ends by its deadline (+ 0.25 s, and the delay of a loaded machine), takes less than 50 MiB of
+memory and makes the expected connections only; all are closed within 0.5 s; no error has a secret.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import certifi
 import psutil
@@ -33,17 +34,39 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from rows_url import PUBLIC, SECRET, Q
-from servers import CHUNKED, OK, PHOTO, EachTime, Net, Peer, Script, full, says, serving
+from servers import (
+    CHUNKED,
+    OK,
+    PHOTO,
+    NameServer,
+    Net,
+    Peer,
+    Script,
+    Successive,
+    full,
+    responds,
+    serving,
+)
 
-from heimdex_clip_worker.download import Fetcher, Limits, Policy, check_url
 from heimdex_clip_worker.errors import DownloadError, error_table
+from heimdex_clip_worker.serving import download
+from heimdex_clip_worker.serving.connection import Response
+from heimdex_clip_worker.serving.download import (
+    AddressPolicy,
+    Fetcher,
+    FetchLimits,
+    _make_ssl_context,
+    check_url,
+)
+
+pytestmark = [pytest.mark.model, pytest.mark.server]
 
 LATE_S, LOADED_S, CLOSED_S, MEMORY = 0.25, 0.25, 0.5, 50 * 2**20
-TELLTALE = re.compile(rf"{SECRET}|token=|Traceback|File \"|\?|https?://")
+SECRETS = re.compile(rf"{SECRET}|token=|Traceback|File \"|\?|https?://")
 
 
-class Watch(threading.Thread):
-    """Samples memory, and how late a sleeping thread wakes: how loaded the machine is."""
+class Monitor(threading.Thread):
+    """Samples memory, and the delay with which a sleeping thread wakes on a loaded machine."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -61,10 +84,10 @@ class Watch(threading.Thread):
             self.memory = max(self.memory, self._process.memory_info().rss)
 
     def added(self) -> int:
-        """Return by how many bytes memory grew at most."""
+        """Compute the largest growth of memory, in bytes."""
         return self.memory - self._start
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Monitor:
         self.start()
         return self
 
@@ -74,76 +97,75 @@ class Watch(threading.Thread):
 
 
 @dataclass
-class Outcome:
-    """What came of a fetch."""
+class Result:
+    """How a fetch ended."""
 
     code: str
     body: bytes | None
     error: DownloadError | None
 
 
-def judge(error: DownloadError) -> None:
-    """Check what holds for every failure."""
+def check_error(error: DownloadError) -> None:
+    """Check what holds for every error."""
     assert error.code in error_table()
     assert isinstance(error, error_table()[error.code])
     for text in (str(error), error.detail, repr(error)):
-        assert not TELLTALE.search(text) and len(text) < 300, text
+        assert not SECRETS.search(text) and len(text) < 300, text
     assert str(error).startswith("Image download failed: ")
 
 
-async def fetched(fetcher: Fetcher, url: Any) -> Outcome:
-    """Fetch `url` within its budget of time and memory; judge the error."""
-    with Watch() as watch:
+async def fetch(fetcher: Fetcher, url: Any) -> Result:
+    """Fetch `url`; check the time, the memory and the error."""
+    with Monitor() as monitor:
         start = time.perf_counter()
         try:
-            body = await fetcher.fetch(url)
-            outcome = Outcome("ok", body, None)
+            result = Result("ok", await fetcher.fetch(url), None)
         except DownloadError as error:
-            outcome = Outcome(error.code, None, error)
+            result = Result(error.code, None, error)
         took = time.perf_counter() - start
-    if outcome.error:
-        judge(outcome.error)
-    most = fetcher.limits.timeout_s + LATE_S + min(LOADED_S, watch.late_s)
-    assert took < most, f"{took:.3f} s > {most:.3f} s"
-    assert watch.added() < MEMORY, f"{watch.added() / 2**20:.0f} MiB"
-    return outcome
+    if result.error:
+        check_error(result.error)
+    limit_s = fetcher.limits.timeout_s + LATE_S + min(LOADED_S, monitor.late_s)
+    assert took < limit_s, f"{took:.3f} s > {limit_s:.3f} s"
+    assert monitor.added() < MEMORY, f"{monitor.added() / 2**20:.0f} MiB"
+    return result
 
 
-def limits(row: Any = None, **more: Any) -> Limits:
-    """Return a row's limits: those of production with a short deadline, and what it changes."""
-    return Limits(**{"timeout_s": 5.0, **getattr(row, "limits", {}), **more})
+def limits(row: Any = None, **more: Any) -> FetchLimits:
+    """Make a row's limits: production's, with a shorter deadline and the row's own changes."""
+    return FetchLimits(**{"timeout_s": 5.0, **getattr(row, "limits", {}), **more})
 
 
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and is quickly made
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts no authority, and is created quickly
 
 
-def plain(limits: Limits, policy: Policy, net: Net) -> Fetcher:
-    """Return a fetcher that needs no authorities."""
+def http_fetcher(limits: FetchLimits, policy: AddressPolicy, net: Net) -> Fetcher:
+    """Make a fetcher for rows without TLS."""
     return Fetcher(limits, policy, resolve=net.look_up, ssl_context=NO_TLS)
 
 
-def expect(outcome: Outcome, row: Any, body: bytes = PHOTO) -> None:
-    """Check the code, and the body of what was fetched."""
-    detail = outcome.error and f"{outcome.error} ({outcome.error.detail})"
-    assert outcome.code in row.code.split("|"), detail
-    if outcome.code == "ok":
-        assert outcome.body == body
+def check_result(result: Result, row: Any, body: bytes = PHOTO) -> None:
+    """Check that the result has the row's code, and the right body."""
+    detail = result.error and f"{result.error} ({result.error.detail})"
+    assert result.code in row.code.split("|"), detail
+    if result.code == "ok":
+        assert result.body == body
 
 
 # Certificates
 
 
-def _signed(name: str, dns: list[x509.GeneralName]) -> tuple[bytes, bytes]:
-    """Return a certificate that signed itself, and its key, in PEM."""
+def _self_signed(name: str, dns: list[x509.GeneralName]) -> tuple[bytes, bytes]:
+    """Make a self-signed certificate and its key, in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
     day = datetime.timedelta(days=1)
-    made = x509.CertificateBuilder(subject, subject, key.public_key())
-    made = made.serial_number(7).not_valid_before(now - day).not_valid_after(now + day)
-    made = made.add_extension(x509.SubjectAlternativeName(dns), critical=False)
+    builder = x509.CertificateBuilder(subject, subject, key.public_key())
+    builder = builder.serial_number(7).not_valid_before(now - day).not_valid_after(now + day)
+    builder = builder.add_extension(x509.SubjectAlternativeName(dns), critical=False)
     return (
-        made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
+        builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),
         key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.TraditionalOpenSSL,
@@ -153,23 +175,23 @@ def _signed(name: str, dns: list[x509.GeneralName]) -> tuple[bytes, bytes]:
 
 
 class Certificates:
-    """An authority, and contexts for servers with all sorts of certificates."""
+    """An authority, and server contexts with good and bad certificates."""
 
     def __init__(self, folder: Path):
-        self.folder, self.ca, self.stranger = folder, trustme.CA(), trustme.CA()
+        self.folder, self.ca, self.untrusted = folder, trustme.CA(), trustme.CA()
         self.path = folder / "ca.pem"
         self.ca.cert_pem.write_to_path(self.path)
 
-    def trusted(self) -> ssl.SSLContext:
-        """Return a client context that trusts the authority."""
+    def client(self) -> ssl.SSLContext:
+        """Make a client context that trusts the authority."""
         return ssl.create_default_context(cafile=str(self.path))
 
     def server(self, kind: str) -> ssl.SSLContext:
-        """Return a server context with a certificate of `kind`."""
+        """Make a server context with a certificate of `kind`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if kind == "self-signed":
             pair = [self.folder / "self.pem", self.folder / "self.key"]
-            both = _signed("photos.example", [x509.DNSName("photos.example")])
+            both = _self_signed("photos.example", [x509.DNSName("photos.example")])
             for path, data in zip(pair, both, strict=True):
                 path.write_bytes(data)
             context.load_cert_chain(*map(str, pair))
@@ -181,7 +203,7 @@ class Certificates:
         elif kind == "not-yet-valid":
             options = {"not_before": now + day, "not_after": now + 9 * day}
         elif kind == "unknown-authority":
-            ca = self.stranger
+            ca = self.untrusted
         elif kind == "common-name-only":
             names, options = ["elsewhere.example"], {"common_name": "photos.example"}
         else:
@@ -193,33 +215,55 @@ class Certificates:
                 "wildcard-two-levels": ["*.cdn.example"],
                 "wildcard-for-its-parent": ["*.cdn.example"],
             }.get(kind, names)
+        if kind in ("rsa-1.2", "dhe-10000", "no-forward-secrecy"):
+            options["key_type"] = trustme.KeyType.RSA
         ca.issue_cert(*names, **options).configure_cert(context)
-        if kind == "tls-1.2":
+        self._restrict(context, kind)
+        return context
+
+    def _restrict(self, context: ssl.SSLContext, kind: str) -> None:
+        """Let a server's context offer only what `kind` says."""
+        ciphers = {
+            "dhe-10000": "DHE-RSA-AES128-GCM-SHA256",
+            "no-forward-secrecy": "AES128-GCM-SHA256",
+            "cbc": "ECDHE-ECDSA-AES128-SHA256",
+            "chacha20": "ECDHE-ECDSA-CHACHA20-POLY1305",
+        }
+        if kind in ("tls-1.2", "rsa-1.2", *ciphers):
             context.maximum_version = ssl.TLSVersion.TLSv1_2
+        if kind in ciphers:
+            context.set_ciphers(ciphers[kind])
+        if kind == "dhe-10000":
+            context.load_dh_params(str(rows_tls.dh_parameters(10_000, self.folder)))
+        elif kind in ("ffdhe8192", "secp384r1", "secp521r1", "X25519"):
+            context.set_ecdh_curve(kind)
+        elif kind.endswith("-tickets"):
+            context.num_tickets = int(kind.split("-")[0])
+        elif kind == "logged":
+            context.num_tickets, context.keylog_filename = 0, str(self.folder / "logged")
         elif kind == "tls-1.1":
             context.set_ciphers("ALL:@SECLEVEL=0")
             context.minimum_version = ssl.TLSVersion.TLSv1
             context.maximum_version = ssl.TLSVersion.TLSv1_1
-        return context
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """One authority for all tests."""
+    """Create one authority for all tests."""
     return Certificates(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(autouse=True)
-def no_other_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test that asks the system for a name: the resolver is injected."""
+def no_other_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that resolves a name through the system instead of the injected resolver."""
 
-    def ask(host: Any, *args: Any, **more: Any) -> Any:
+    def getaddrinfo(host: Any, *args: Any, **more: Any) -> Any:
         if isinstance(host, str) and re.fullmatch(r"[0-9.]+", host):
             return real(host, *args, **more)
-        raise AssertionError(f"asked the system for {host!r}")
+        raise AssertionError(f"resolved {host!r} through the system")
 
     real = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 # URLs
@@ -234,37 +278,38 @@ async def _test_url(row: rows_url.Row, certificates: Certificates) -> None:
     def look_up(host: str) -> list[str]:
         return ["127.0.0.1"] if host == "localhost" else [PUBLIC]
 
-    async with serving(says(full())) as web, _secure(certificates, row) as tls:
+    async with serving(responds(full())) as web, _secure(certificates, row) as tls:
         secure = str(row.url).lower().startswith("https")
         net = Net(look_up, {80: web.port, 8080: web.port, 443: tls.port if secure else web.port})
-        context = certificates.trusted()
+        context = certificates.client()
         with net.installed():
             async with Fetcher(
                 limits(), row.policy, resolve=net.look_up, ssl_context=context
             ) as fetcher:
-                outcome = await fetched(fetcher, row.url)
-        expect(outcome, row)
+                result = await fetch(fetcher, row.url)
+        check_result(result, row)
         assert net.dialled == ([row.dials] if row.dials else [])
-        if row.code != "ok" and not row.looks_up:
-            assert not net.looked_up
-            with pytest.raises(DownloadError):  # and not only where the socket is made
+        if row.code != "ok" and not row.is_resolved:
+            assert not net.lookups
+            with pytest.raises(DownloadError):  # refused here already, not only at the socket
                 check_url(row.url, row.policy)
         if row.sends:
-            lines = (web.heard + tls.heard)[0].decode().split("\r\n")
+            lines = (web.requests + tls.requests)[0].decode().split("\r\n")
             assert lines[0] == f"GET {row.sends} HTTP/1.1"
             assert [line for line in lines if line.startswith("Host:")] == [f"Host: {row.host}"]
-        assert len(web.heard + tls.heard) == bool(row.dials)
+        assert len(web.requests + tls.requests) == bool(row.dials)
 
 
 @contextlib.asynccontextmanager
 async def _secure(certificates: Certificates, row: rows_url.Row) -> Any:
     """Run a TLS server with the right certificate, where the row needs one."""
     needed = row.dials and str(row.url).lower().startswith("https")
-    async with serving(says(full()), certificates.server("right") if needed else None) as server:
+    context = certificates.server("right") if needed else None
+    async with serving(responds(full()), context) as server:
         yield server
 
 
-# Look-ups
+# Lookups
 
 
 @pytest.mark.parametrize("row", rows_dns.ROWS, ids=lambda row: row.id)
@@ -274,23 +319,26 @@ def test_dns(row: rows_dns.Row) -> None:
 
 async def _test_dns(row: rows_dns.Row) -> None:
     async def script(peer: Peer) -> None:
-        await peer.ask()
-        await peer.say(row.says[min(peer.number, len(row.says) - 1)])
+        await peer.read_request()
+        await peer.send(row.responses[min(peer.number, len(row.responses) - 1)])
 
     answers = {
-        name: answer.started() if isinstance(answer, EachTime) else answer
+        name: answer.restarted() if isinstance(answer, Successive) else answer
         for name, answer in row.answers.items()
     }
     async with serving(script) as server:
-        net = Net(answers, {80: server.port, 8080: server.port}, row.troubles)
+        net = Net(answers, {80: server.port, 8080: server.port}, row.faults)
         with net.installed():
-            async with plain(limits(row), row.policy, net) as fetcher:
-                outcome = await fetched(fetcher, row.url)
-        expect(outcome, row)
-        assert len(net.dialled) <= row.most if row.most else tuple(net.dialled) == row.dials
-        if row.look_ups is not None:
-            assert len(net.looked_up) == row.look_ups
-        assert await server.quiet(CLOSED_S)
+            async with http_fetcher(limits(row), row.policy, net) as fetcher:
+                result = await fetch(fetcher, row.url)
+        check_result(result, row)
+        if row.max_dials:
+            assert len(net.dialled) <= row.max_dials
+        else:
+            assert tuple(net.dialled) == row.dials
+        if row.lookups is not None:
+            assert len(net.lookups) == row.lookups
+        assert await server.has_closed(CLOSED_S)
 
 
 # TLS
@@ -312,18 +360,67 @@ def test_tls(
 async def _test_tls(row: rows_tls.Row, certificates: Certificates) -> None:
     tls = None if row.plain else certificates.server(row.certificate)
     async with serving(row.script, tls) as server:
+        server.keys = certificates.folder / "logged"
         net = Net(lambda host: [PUBLIC], {443: server.port})
-        context = certificates.trusted() if row.context == "injected" else None
-        ours = Fetcher(limits(row), Policy(), resolve=net.look_up, ssl_context=context)
+        context = certificates.client() if row.context == "injected" else None
+        fetcher = Fetcher(limits(row), AddressPolicy(), resolve=net.look_up, ssl_context=context)
         with net.installed():
-            async with ours as fetcher:
-                outcome = await fetched(fetcher, row.url)
-        expect(outcome, row)
-        assert len(server.heard) == row.hears
+            async with fetcher:
+                result = await fetch(fetcher, row.url)
+        check_result(result, row, row.body)
+        assert len(server.requests) == row.requests
         host = row.url.split("/")[2]
         if tls and host != PUBLIC and row.certificate != "tls-1.1":
             assert server.names[0] == host
-        assert await server.quiet(CLOSED_S)
+        assert await server.has_closed(CLOSED_S)
+
+
+def _read_hello(hello: bytes) -> tuple[set[int], set[int]]:
+    """Read the cipher suites and the groups that a ClientHello offers."""
+
+    def take(size: int) -> bytes:
+        nonlocal hello
+        part, hello = hello[:size], hello[size:]
+        return part
+
+    def numbers(data: bytes) -> set[int]:
+        return {int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data), 2)}
+
+    take(5 + 4 + 2 + 32)  # record, message, version, random
+    take(take(1)[0])  # session
+    suites = numbers(take(int.from_bytes(take(2), "big")))
+    take(take(1)[0])  # compression
+    take(2)
+    while hello:
+        kind, data = int.from_bytes(take(2), "big"), take(int.from_bytes(take(2), "big"))
+        if kind == 10:
+            return suites, numbers(data[2:])
+    raise AssertionError("no groups")
+
+
+def test_the_fetcher_offers_no_costly_handshake() -> None:
+    hellos: list[bytes] = []
+
+    async def record(peer: Peer) -> None:
+        hellos.append(await peer.reader.read(4096))
+        await peer.send(b"\x15\x03\x03\x00\x02\x02\x28")  # handshake_failure
+
+    async def test() -> None:
+        async with serving(record) as server:
+            net = Net(lambda host: [PUBLIC], {443: server.port})
+            with net.installed():
+                async with Fetcher(limits(), AddressPolicy(), resolve=net.look_up) as fetcher:
+                    result = await fetch(fetcher, URL.replace("http", "https"))
+            assert result.code == "TLS_ERROR"
+
+    asyncio.run(test())
+    first, second = map(_read_hello, hellos)
+    tls13, scsv = {0x1301, 0x1302, 0x1303}, {0x00FF}
+    aead = {0xC02B, 0xC02C, 0xC02F, 0xC030, 0xCCA8, 0xCCA9}  # ECDHE with AES-GCM or ChaCha20
+    assert first[0] - scsv == tls13 | aead and first[1] == {23}  # P-256
+    assert second[0] - scsv == aead and not any(256 <= group < 512 for group in second[1])  # ffdhe
+    for context in (_make_ssl_context(), _make_ssl_context(all_curves=True)):
+        assert context.options & ssl.OP_NO_RENEGOTIATION
 
 
 # HTTP
@@ -338,29 +435,31 @@ async def _test_http(row: rows_http.Row) -> None:
     async with serving(row.script) as server:
         net = Net(lambda host: [PUBLIC], {80: server.port})
         with net.installed():
-            async with plain(limits(row), row.policy, net) as fetcher:
-                outcome = await fetched(fetcher, f"http://photos.example/a.jpg{Q}")
-                assert await server.quiet(CLOSED_S), "left a connection open"
-        expect(outcome, row, row.body)
-        if row.asks is not None:
-            assert len(server.heard) == row.asks
+            async with http_fetcher(limits(row), row.policy, net) as fetcher:
+                result = await fetch(fetcher, f"http://photos.example/a.jpg{Q}")
+                assert await server.has_closed(CLOSED_S), "left a connection open"
+        check_result(result, row, row.body)
+        if row.requests is not None:
+            assert len(server.requests) == row.requests
         assert {address for address in net.dialled} == {f"{PUBLIC}:80"}
-        if row.says:
-            assert row.says in str(outcome.error)
+        if row.message:
+            assert row.message in str(result.error)
+        if row.sends:
+            assert server.requests[-1].startswith(f"GET {row.sends} HTTP/1.1\r\n".encode())
         if row.retryable is not None:
-            assert outcome.error.retryable is row.retryable
+            assert result.error.retryable is row.retryable
 
 
-# What spans more than one answer
+# More than one response
 
 
 @contextlib.asynccontextmanager
-async def reaching(script: Script, **limit: Any) -> Any:
-    """Run a server with `script`; yields it, and a fetcher for http://photos.example."""
+async def fetching_from(script: Script, **limit: Any) -> Any:
+    """Run a server with `script`; yield it and a fetcher for http://photos.example."""
     async with serving(script) as server:
         net = Net(lambda host: [PUBLIC], {80: server.port})
         with net.installed():
-            async with plain(limits(**limit), Policy(), net) as fetcher:
+            async with http_fetcher(limits(**limit), AddressPolicy(), net) as fetcher:
                 yield server, fetcher
 
 
@@ -368,21 +467,21 @@ URL = f"http://photos.example/a.jpg{Q}"
 
 
 async def _head_only(peer: Peer) -> None:
-    await peer.ask()
-    await peer.say(OK)
-    await peer.gone()
+    await peer.read_request()
+    await peer.send(OK)
+    await peer.wait_closed()
 
 
 async def _flood(peer: Peer) -> None:
-    await peer.ask()
-    await peer.say(CHUNKED)
-    await peer.forever(b"1\r\nx\r\n", 0.005)
+    await peer.read_request()
+    await peer.send(CHUNKED)
+    await peer.send_forever(b"1\r\nx\r\n", 0.005)
 
 
 STALLS: dict[str, Script] = {
-    "before-the-answer": says(then="hold"),
+    "before-the-response": responds(then="hold"),
     "in-the-head": _head_only,
-    "in-the-body": says(full()[:-3], then="hold"),
+    "in-the-body": responds(full()[:-3], then="hold"),
     "in-a-dripped-body": _flood,
     "on-the-second-hop": rows_http.chain(rows_http.HOP[0], b""),
 }
@@ -393,30 +492,30 @@ def test_cancelling_closes_the_connection(stage: str) -> None:
     async def held(peer: Peer) -> None:
         await STALLS[stage](peer)
         if peer.number:
-            await peer.gone()
+            await peer.wait_closed()
 
     async def test() -> None:
-        async with reaching(held) as (server, fetcher):
+        async with fetching_from(held) as (server, fetcher):
             task = asyncio.ensure_future(fetcher.fetch(URL))
             await asyncio.sleep(0.15)
-            assert len(server.heard) == 1 + (stage == "on-the-second-hop")
+            assert len(server.requests) == 1 + (stage == "on-the-second-hop")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert await server.quiet(CLOSED_S)
+            assert await server.has_closed(CLOSED_S)
 
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("stage", ["look-up", "connection", "handshake"])
-def test_cancelling_before_the_request(stage: str) -> None:
+@pytest.mark.parametrize("stage", ["lookup", "connection", "handshake"])
+def test_cancelling_before_the_request_closes_the_connection(stage: str) -> None:
     async def test() -> None:
         async with serving(rows_tls.hang) as server:
-            slow = (5.0, [PUBLIC]) if stage == "look-up" else [PUBLIC]
-            troubles = {PUBLIC: 5.0} if stage == "connection" else {}
-            net = Net({"photos.example": slow}, {443: server.port}, troubles)
+            slow = (5.0, [PUBLIC]) if stage == "lookup" else [PUBLIC]
+            faults = {PUBLIC: 5.0} if stage == "connection" else {}
+            net = Net({"photos.example": slow}, {443: server.port}, faults)
             with net.installed():
-                async with plain(limits(), Policy(), net) as fetcher:
+                async with http_fetcher(limits(), AddressPolicy(), net) as fetcher:
                     task = asyncio.ensure_future(fetcher.fetch(URL.replace("http", "https")))
                     await asyncio.sleep(0.1)
                     start = time.perf_counter()
@@ -424,61 +523,86 @@ def test_cancelling_before_the_request(stage: str) -> None:
                     with pytest.raises(asyncio.CancelledError):
                         await task
                     assert time.perf_counter() - start < CLOSED_S
-                    assert await server.quiet(CLOSED_S)
+                    assert await server.has_closed(CLOSED_S)
             assert len(server.peers) == (stage == "handshake")
 
     asyncio.run(test())
 
 
-def test_a_second_answer_does_not_reach_the_next_fetch() -> None:
-    async def twice(peer: Peer) -> None:
-        request = await peer.ask()
-        mine = request.split()[1].partition(b"?")[0]
-        await peer.say(full(mine, b"Connection: keep-alive"), full(b"poison"))
-        await peer.gone()
+def test_a_second_response_does_not_reach_the_next_fetch() -> None:
+    async def respond_twice(peer: Peer) -> None:
+        request = await peer.read_request()
+        path = request.split()[1].partition(b"?")[0]
+        await peer.send(full(path, b"Connection: keep-alive"), full(b"poison"))
+        await peer.wait_closed()
 
     async def test() -> None:
-        async with reaching(twice) as (server, fetcher):
+        async with fetching_from(respond_twice) as (server, fetcher):
             for path in ("/1", "/2", "/3"):
-                got = await fetched(fetcher, URL.replace("/a.jpg", path))
-                assert got.code == "BAD_RESPONSE" or got.body == path.encode()
+                result = await fetch(fetcher, URL.replace("/a.jpg", path))
+                assert result.code == "BAD_RESPONSE" or result.body == path.encode()
                 await asyncio.sleep(0.02)
-            assert len(server.peers) == len(server.heard) == 3
+            assert len(server.peers) == len(server.requests) == 3
 
     asyncio.run(test())
 
 
-def test_junk_between_two_fetches_stays_there() -> None:
-    async def late(peer: Peer) -> None:
-        await peer.ask()
-        await peer.say(full(b"%d" % peer.number, b"Connection: keep-alive"))
+def test_bytes_between_two_fetches_reach_neither() -> None:
+    async def respond_late(peer: Peer) -> None:
+        await peer.read_request()
+        await peer.send(full(b"%d" % peer.number, b"Connection: keep-alive"))
         await asyncio.sleep(0.02)
-        await peer.say(full(b"poison"))
-        await peer.gone()
+        await peer.send(full(b"poison"))
+        await peer.wait_closed()
 
     async def test() -> None:
-        async with reaching(late) as (server, fetcher):
+        async with fetching_from(respond_late) as (server, fetcher):
             bodies = []
             for _ in range(3):
-                bodies.append((await fetched(fetcher, URL)).body)
+                bodies.append((await fetch(fetcher, URL)).body)
                 await asyncio.sleep(0.05)
             assert bodies == [b"0", b"1", b"2"]
 
     asyncio.run(test())
 
 
-def test_fetches_beside_one_another_keep_their_answers() -> None:
+def test_concurrent_fetches_get_their_own_responses() -> None:
     async def echo(peer: Peer) -> None:
-        path = (await peer.ask()).split()[1]
+        path = (await peer.read_request()).split()[1]
         await asyncio.sleep(0.05 * (peer.number % 3))
-        await peer.say(full(path))
+        await peer.send(full(path))
 
     async def test() -> None:
-        async with reaching(echo) as (server, fetcher):
+        async with fetching_from(echo) as (server, fetcher):
             paths = [f"/{i}.jpg" for i in range(60)]
             urls = [f"http://photos.example{path}" for path in paths]
             assert await asyncio.gather(*map(fetcher.fetch, urls)) == [p.encode() for p in paths]
-            assert await server.quiet(CLOSED_S)
+            assert await server.has_closed(CLOSED_S)
+
+    asyncio.run(test())
+
+
+def test_a_large_first_read_is_no_long_line() -> None:
+    response = Response(Mock())
+    response.feed(full(bytes(60_000)))
+    assert response.status == 200 and response.is_exact()
+
+
+def test_a_body_is_read_no_faster_than_it_is_used() -> None:
+    transport = Mock()
+
+    async def test() -> None:
+        response = Response(transport)
+        response.feed(OK + b"Content-Length: 1000000\r\n\r\n" + bytes(60_000))
+        assert not transport.pause_reading.called
+        response.feed(bytes(16_384))
+        response.feed(bytes(16_384))
+        assert transport.pause_reading.call_count == 1 and not transport.resume_reading.called
+        parts = response.read_parts(as_it_arrives=False)
+        assert len(await anext(parts)) == 60_000 + 2 * 16_384
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(parts), 0.01)
+        assert transport.resume_reading.call_count == 1
 
     asyncio.run(test())
 
@@ -488,21 +612,22 @@ def test_cookies_are_not_sent_back() -> None:
     hops = rows_http.chain(rows_http.location("/b", b"302 Found", cookie), full(PHOTO, cookie))
 
     async def test() -> None:
-        async with reaching(hops) as (server, fetcher):
+        async with fetching_from(hops) as (server, fetcher):
             for _ in range(2):
-                assert (await fetched(fetcher, URL)).code == "ok"
-            assert len(server.heard) == 3 and not any(b"ookie" in head for head in server.heard)
+                assert (await fetch(fetcher, URL)).code == "ok"
+            assert len(server.requests) == 3
+            assert not any(b"ookie" in request for request in server.requests)
 
     asyncio.run(test())
 
 
-def test_no_header_follows_a_redirect_but_our_own() -> None:
+def test_only_our_own_headers_follow_a_redirect() -> None:
     hops = rows_http.chain(rows_http.location("http://other.example/b"), full())
 
     async def test() -> None:
-        async with reaching(hops) as (server, fetcher):
-            assert (await fetched(fetcher, URL)).code == "ok"
-        first, second = (head.decode().lower().split("\r\n") for head in server.heard)
+        async with fetching_from(hops) as (server, fetcher):
+            assert (await fetch(fetcher, URL)).code == "ok"
+        first, second = (head.decode().lower().split("\r\n") for head in server.requests)
         names = ["host", "user-agent", "accept-encoding", "accept", "connection"]
         for head in (first, second):
             assert sorted(line.split(":")[0] for line in head[1:-2]) == sorted(names)
@@ -511,7 +636,7 @@ def test_no_header_follows_a_redirect_but_our_own() -> None:
     asyncio.run(test())
 
 
-def test_the_environment_is_not_heard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("default login me password mine\n", encoding="ascii")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -523,106 +648,161 @@ def test_the_environment_is_not_heard(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("NO_PROXY", raising=False)
 
     async def test() -> None:
-        async with serving(says(full())) as server:
+        async with serving(responds(full())) as server:
             net = Net(lambda host: ["151.101.1.140"], {80: server.port, 3128: server.port})
             with net.installed():
-                async with plain(limits(), Policy(), net) as fetcher:
-                    assert (await fetched(fetcher, URL)).code == "ok"
+                async with http_fetcher(limits(), AddressPolicy(), net) as fetcher:
+                    assert (await fetch(fetcher, URL)).code == "ok"
             assert net.dialled == ["151.101.1.140:80"]
-            assert b"uthorization" not in server.heard[0]
-            assert server.heard[0].startswith(b"GET /a.jpg")
+            assert b"uthorization" not in server.requests[0]
+            assert server.requests[0].startswith(b"GET /a.jpg")
 
     asyncio.run(test())
 
 
-SYSTEM: dict[str, tuple[str, Callable[..., Any]]] = {
-    "hangs": ("DNS_FAILED", lambda *_, **__: time.sleep(0.7)),
-    "answers-inwards": ("URL_NOT_ALLOWED", lambda *_, **__: [_info(PUBLIC), _info("10.0.0.1")]),
-    "answers-ipv6": ("URL_NOT_ALLOWED", lambda *_, **__: [_info("::ffff:127.0.0.1")]),
-    "answers-nothing": ("DNS_FAILED", lambda *_, **__: []),
-    "knows-no-such-name": ("DNS_FAILED", lambda *_, **__: _raise(socket.gaierror(-2, "name"))),
-    "cannot-encode-the-name": ("DNS_FAILED", lambda *_, **__: _raise(UnicodeError("label"))),
+SYSTEM_LOOKUPS: dict[str, tuple[str, list[str] | None]] = {
+    "hangs": ("DNS_FAILED", None),
+    "an-internal-address": ("URL_NOT_ALLOWED", [PUBLIC, "10.0.0.1"]),
+    "an-internal-address-first": ("URL_NOT_ALLOWED", ["169.254.169.254", PUBLIC]),
+    "loopback": ("URL_NOT_ALLOWED", ["127.0.0.1"]),
+    "no-such-name": ("DNS_FAILED", []),
+    "an-address": ("ok", [PUBLIC]),
 }
 
 
-def _info(address: str) -> tuple[Any, ...]:
-    return (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
-
-
-def _raise(error: Exception) -> None:
-    raise error
-
-
-@pytest.mark.parametrize("name", SYSTEM)
-def test_the_systems_resolver(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, answer = SYSTEM[name]
-    monkeypatch.setattr(socket, "getaddrinfo", answer)
+@pytest.mark.parametrize("name", SYSTEM_LOOKUPS)
+def test_the_systems_lookup(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, addresses = SYSTEM_LOOKUPS[name]
 
     async def test() -> float:
-        net = Net({}, {})
-        with net.installed():
-            ours = Fetcher(limits(dns_timeout_s=0.15), Policy(), ssl_context=NO_TLS)
-            async with ours as fetcher:
-                assert (await fetched(fetcher, URL)).code == code
-        assert net.dialled == []
+        async with serving(responds(full())) as server:
+            net, names = Net({}, {80: server.port}), NameServer(lambda host: addresses)
+            fetcher = Fetcher(limits(dns_timeout_s=0.15), AddressPolicy(), ssl_context=NO_TLS)
+            async with names.running(monkeypatch), fetcher:
+                with net.installed():
+                    assert (await fetch(fetcher, URL)).code == code
+            assert net.dialled == ([f"{PUBLIC}:80"] if code == "ok" else [])
+            assert "photos.example" in names.asked
         return time.perf_counter()
 
     start = time.perf_counter()
-    assert asyncio.run(test()) - start < 0.6, "waited for a look-up that nobody wants any more"
+    assert asyncio.run(test()) - start < 1, "waited for an abandoned lookup"
 
 
-def test_many_hung_look_ups_leave_the_loop_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(0.6))
+@pytest.mark.parametrize(("kept_s", "count"), [(0.0, 3), (60.0, 1)])
+def test_an_answer_of_a_name_server_is_kept_for_seconds(
+    kept_s: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name server allows an hour."""
+    assert download._DNS_CACHE_S <= 10
+    monkeypatch.setattr(download, "_DNS_CACHE_S", kept_s)
 
     async def test() -> None:
-        ours = Fetcher(limits(dns_timeout_s=0.2), Policy(), ssl_context=NO_TLS)
-        async with ours as fetcher:
-            urls = [f"http://n{i}.example/{Q}" for i in range(50)]
-            jobs = [asyncio.ensure_future(fetched(fetcher, url)) for url in urls]
-            await asyncio.sleep(0.05)
-            start = time.perf_counter()
-            await asyncio.to_thread(int)
-            assert time.perf_counter() - start < LATE_S, "other work waited for look-ups"
-            assert {outcome.code for outcome in await asyncio.gather(*jobs)} == {"DNS_FAILED"}
+        names = NameServer(lambda host: [PUBLIC], ttl_s=3600)
+        async with serving(responds(full())) as server, names.running(monkeypatch):
+            net = Net({}, {80: server.port})
+            fetcher = Fetcher(limits(dns_timeout_s=0.5), AddressPolicy(), ssl_context=NO_TLS)
+            with net.installed():
+                async with fetcher:
+                    for _ in range(3):
+                        assert (await fetch(fetcher, URL)).code == "ok"
+                        await asyncio.sleep(0.02)
+        assert len(names.asked) == count and len(net.dialled) == 3
+
+    asyncio.run(test())
+
+
+def _own_names() -> list[tuple[str, str]]:
+    """List the names of /etc/hosts with their addresses."""
+    text = Path("/etc/hosts").read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].split() for line in text.splitlines()]
+    entries = [(name, address) for address, *names in filter(None, lines) for name in names]
+    return [(name, address) for name, address in entries if re.fullmatch(r"[0-9.]+", address)]
+
+
+def test_the_file_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [entry for entry in _own_names() if re.fullmatch(r"[a-z0-9.-]+", entry[0])]
+    name, address = entries[-1]  # the last one is not localhost, where there is another
+
+    async def test() -> None:
+        names = NameServer(lambda host: None)
+        allowed = AddressPolicy(allowed_networks=(IPv4Network(f"{address}/32"),))
+        async with serving(responds(full())) as server, names.running(monkeypatch):
+            net = Net({}, {80: server.port})
+            with net.installed():
+                for policy, code in ((allowed, "ok"), (AddressPolicy(), "URL_NOT_ALLOWED")):
+                    async with Fetcher(limits(), policy, ssl_context=NO_TLS) as fetcher:
+                        assert (await fetch(fetcher, f"http://{name}/a.jpg{Q}")).code == code
+            assert names.asked == [] and net.dialled == [f"{address}:80"]
+
+    asyncio.run(test())
+
+
+def test_names_that_hang_delay_no_other_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addresses(host: str) -> list[str] | None:
+        return None if host.startswith("n") else [PUBLIC]
+
+    async def test() -> None:
+        async with serving(responds(full())) as server:
+            net, names = Net({}, {80: server.port}), NameServer(addresses)
+            fetcher = Fetcher(limits(dns_timeout_s=1.0), AddressPolicy(), ssl_context=NO_TLS)
+            async with names.running(monkeypatch), fetcher:
+                with net.installed():
+                    await fetcher.fetch(URL)
+                    process = psutil.Process()
+                    before = process.num_fds(), process.num_threads()
+                    urls = [f"http://n{i}.example/{Q}" for i in range(300)]
+                    jobs = [asyncio.ensure_future(fetcher.fetch(url)) for url in urls]
+                    await asyncio.sleep(0.2)
+                    start = time.perf_counter()
+                    assert (await fetch(fetcher, URL)).code == "ok"
+                    assert time.perf_counter() - start < LATE_S, "waited for another's lookups"
+                    for job in jobs[:150]:
+                        job.cancel()
+                    ends = await asyncio.gather(*jobs, return_exceptions=True)
+                    assert {type(end).__name__ for end in ends} == {"CancelledError", "DnsFailed"}
+                    assert (await fetch(fetcher, URL)).code == "ok"
+                    after = process.num_fds(), process.num_threads()
+                    assert after[0] <= before[0] + 4 and after[1] <= before[1] + 2, (before, after)
 
     asyncio.run(test())
 
 
 class Fickle(str):
-    """An address that reads as a public one when it is first looked at."""
+    """An address that reads as a public one the first time."""
 
-    looks = 0
+    reads = 0
 
     def __str__(self) -> str:
-        self.looks += 1
-        return PUBLIC if self.looks == 1 else str.__str__(self)
+        self.reads += 1
+        return PUBLIC if self.reads == 1 else str.__str__(self)
 
 
-def test_the_address_is_checked_again_where_the_socket_is_made() -> None:
+def test_the_address_is_checked_again_when_the_socket_is_made() -> None:
     async def test() -> None:
         net = Net(lambda host: [Fickle("10.0.0.1")], {})
         with net.installed():
-            async with plain(limits(), Policy(), net) as fetcher:
-                assert (await fetched(fetcher, URL)).code == "URL_NOT_ALLOWED"
+            async with http_fetcher(limits(), AddressPolicy(), net) as fetcher:
+                assert (await fetch(fetcher, URL)).code == "URL_NOT_ALLOWED"
         assert net.dialled == []
 
     asyncio.run(test())
 
 
-def test_nothing_is_left_behind() -> None:
+def test_fetches_leave_no_descriptors_or_threads() -> None:
     def count() -> tuple[int, int]:
         return psutil.Process().num_fds(), threading.active_count()
 
     async def test() -> tuple[int, int]:
-        picked = [row for row in rows_http.ROWS if row.id.startswith("http-redirect-to-")]
-        async with reaching(full_or(picked)) as (server, fetcher):
+        rows = [row for row in rows_http.ROWS if row.id.startswith("http-redirect-to-")]
+        async with fetching_from(full_or(rows)) as (server, fetcher):
             for _ in range(5):
                 await fetcher.fetch(URL)
-            await server.quiet(CLOSED_S)
+            await server.has_closed(CLOSED_S)
             before = count()
             for _ in range(200):
-                await fetched_quickly(fetcher)
-            assert await server.quiet(CLOSED_S)
+                await fetch_unmonitored(fetcher)
+            assert await server.has_closed(CLOSED_S)
             after = count()
             assert after[0] <= before[0] and after[1] <= before[1], (before, after)
         return before
@@ -630,25 +810,25 @@ def test_nothing_is_left_behind() -> None:
     asyncio.run(test())
 
 
-def full_or(picked: list[rows_http.Row]) -> Script:
-    """A script that answers every second connection rightly, the others like one of `picked`."""
+def full_or(rows: list[rows_http.Row]) -> Script:
+    """A script that responds correctly to every second connection, to the others like `rows`."""
 
     async def script(peer: Peer) -> None:
         if peer.number < 5 or peer.number % 2:
-            await says(full())(peer)
+            await responds(full())(peer)
         else:
-            await picked[peer.number // 2 % len(picked)].script(peer)
+            await rows[peer.number // 2 % len(rows)].script(peer)
 
     return script
 
 
-async def fetched_quickly(fetcher: Fetcher) -> None:
-    """Fetch without a watch."""
+async def fetch_unmonitored(fetcher: Fetcher) -> None:
+    """Fetch without measuring time and memory."""
     with contextlib.suppress(DownloadError):
         assert await fetcher.fetch(URL) == PHOTO
 
 
-def test_rows_have_ids_of_their_own() -> None:
+def test_row_ids_are_unique() -> None:
     ids = [row.id for module in (rows_url, rows_dns, rows_tls, rows_http) for row in module.ROWS]
     assert len(set(ids)) == len(ids) >= 110
 

@@ -1,8 +1,8 @@
-"""Two other guards as oracles: an address that either of them refuses, `check_address` refuses.
+"""Two other address checks as oracles: `check_address` refuses every address that one of them does.
 
-Microsoft's list and runpod's rules are asked about the edges of every special range, their
-neighbours and middles, and about addresses drawn with a fixed seed. The look-up and the fetch are
-not used: only what each says of a plain address.
+Microsoft's list and runpod's rules are compared on the ends of every special range, their
+neighbours and middles, and on random addresses with a fixed seed. Only their checks of a plain
+address are used, not their lookups or requests.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Callable
 import pytest
 from runpod.serverless.utils import rp_ssrf
 
-from heimdex_clip_worker.download import DENIED, Policy, check_address
 from heimdex_clip_worker.errors import UrlNotAllowed
+from heimdex_clip_worker.serving.download import _NOT_PUBLIC, AddressPolicy, check_address
 
-# Special ranges by IANA's two registries, and what clouds use; wider than any one guard's list.
+pytestmark = pytest.mark.model
+
+# Special ranges in IANA's two registries, and those of clouds: wider than the list of any check.
 SPECIAL = """
     0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16
     169.254.169.254/32 172.16.0.0/12 192.0.0.0/24 192.0.0.0/29 192.0.0.8/32 192.0.0.9/32
@@ -33,55 +35,55 @@ SPECIAL = """
 NETWORKS = [ipaddress.ip_network(text) for text in SPECIAL.split()]
 
 
-def microsofts() -> Callable[[str], bool]:
-    """Return whether Microsoft's guard refuses an address."""
+def microsoft() -> Callable[[str], bool]:
+    """Make a predicate: true if Microsoft's check refuses an address."""
     antissrf = pytest.importorskip("AntiSSRF", reason="microsoft-antissrf needs Python 3.11")
     policy = antissrf.AntiSSRFPolicy(antissrf.PolicyConfigOptions.EXTERNAL_ONLY_LATEST)
     return lambda address: not policy._is_str_ip_address_connection_allowed(address)
 
 
-def runpods() -> Callable[[str], bool]:
-    """Return whether runpod's guard refuses an address."""
+def runpod() -> Callable[[str], bool]:
+    """Make a predicate: true if runpod's check refuses an address."""
     return lambda address: not rp_ssrf.is_safe_address(address)
 
 
-ORACLES = {"microsoft": microsofts, "runpod": runpods}
+ORACLES = {"microsoft": microsoft, "runpod": runpod}
 
 
-def ours(address: str) -> bool:
-    """Return whether `check_address` refuses an address."""
+def is_refused(address: str) -> bool:
+    """True if `check_address` refuses an address."""
     try:
-        check_address(address, Policy())
+        check_address(address, AddressPolicy())
     except UrlNotAllowed:
         return True
     return False
 
 
 def edges(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> list[str]:
-    """Return the first, second, middle and last address of a range, and its neighbours."""
+    """List the ends and the middle of a range, and the neighbours of its ends."""
     first, last = int(network[0]), int(network[-1])
     values = {first - 1, first, first + 1, (first + last) // 2, last - 1, last, last + 1}
-    most = 2**network.max_prefixlen
+    count = 2**network.max_prefixlen
     make = type(network[0])  # an integer below 2^32 would be read as IPv4
-    return [str(make(value)) for value in sorted(values) if 0 <= value < most]
+    return [str(make(value)) for value in sorted(values) if 0 <= value < count]
 
 
-def drawn(count: int, bits: int, seed: int) -> list[str]:
-    """Return `count` addresses; half of them lie in or near a special range."""
-    draw, make = random.Random(seed), {32: ipaddress.IPv4Address, 128: ipaddress.IPv6Address}[bits]
+def random_addresses(count: int, bits: int, seed: int) -> list[str]:
+    """Draw `count` addresses, half of them in or near a special range."""
+    rng, make = random.Random(seed), {32: ipaddress.IPv4Address, 128: ipaddress.IPv6Address}[bits]
     near = [network for network in NETWORKS if network.max_prefixlen == bits]
-    values = [draw.getrandbits(bits) for _ in range(count // 2)]
+    values = [rng.getrandbits(bits) for _ in range(count // 2)]
     for _ in range(count // 2):
-        network = draw.choice(near)
-        value = int(network[0]) + draw.randrange(2 * network.num_addresses)
+        network = rng.choice(near)
+        value = int(network[0]) + rng.randrange(2 * network.num_addresses)
         values.append(min(value, 2**bits - 1))
     return [str(make(value)) for value in values]
 
 
 def embedded(address: str) -> list[str]:
-    """Return the IPv6 addresses that carry an IPv4 address, in the ways there are."""
+    """List the IPv6 addresses that contain an IPv4 address, one for each standard form."""
     number = int(ipaddress.IPv4Address(address))
-    ways = {
+    forms = {
         "mapped": 0xFFFF << 32 | number,
         "compatible": number,
         "translated": 0xFFFF << 48 | number,
@@ -91,25 +93,25 @@ def embedded(address: str) -> list[str]:
         "teredo": 0x20010000 << 96 | number ^ 0xFFFFFFFF,
         "isatap": 0x2606470000000000 << 64 | 0x5EFE << 32 | number,
     }
-    return [str(ipaddress.IPv6Address(value)) for value in ways.values()]
+    return [str(ipaddress.IPv6Address(value)) for value in forms.values()]
 
 
 def missed(name: str, addresses: list[str]) -> list[str]:
-    """Return what the oracle refuses and we do not."""
-    refuses = ORACLES[name]()
-    return [address for address in addresses if refuses(address) and not ours(address)]
+    """List the addresses that the oracle refuses and `check_address` accepts."""
+    oracle_refuses = ORACLES[name]()
+    return [address for address in addresses if oracle_refuses(address) and not is_refused(address)]
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 @pytest.mark.parametrize("name", ORACLES)
-def test_the_edges_of_a_special_range(name: str, network: ipaddress.IPv4Network) -> None:
+def test_the_ends_of_a_special_range(name: str, network: ipaddress.IPv4Network) -> None:
     assert missed(name, edges(network)) == []
 
 
 @pytest.mark.parametrize("bits", [32, 128])
 @pytest.mark.parametrize("name", ORACLES)
-def test_addresses_drawn_at_random(name: str, bits: int) -> None:
-    assert missed(name, drawn(2000, bits, seed=20261123)) == []
+def test_random_addresses(name: str, bits: int) -> None:
+    assert missed(name, random_addresses(2000, bits, seed=20261123)) == []
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -117,11 +119,11 @@ def test_ipv4_inside_ipv6(name: str) -> None:
     inner = ["127.0.0.1", "10.0.0.1", "169.254.169.254", "168.63.129.16", "8.8.8.8", "0.0.0.0"]
     addresses = [outer for address in inner for outer in embedded(address)]
     assert missed(name, addresses) == []
-    assert all(map(ours, addresses))
+    assert all(map(is_refused, addresses))
 
 
 @pytest.mark.parametrize("name", ORACLES)
-def test_what_is_no_address(name: str) -> None:
+def test_texts_that_are_no_address(name: str) -> None:
     texts = [
         "",
         "localhost",
@@ -139,34 +141,34 @@ def test_what_is_no_address(name: str) -> None:
         "256.1.1.1",
     ]
     assert missed(name, texts) == []
-    assert all(map(ours, texts))
+    assert all(map(is_refused, texts))
 
 
-def test_the_oracles_own_list_is_covered() -> None:
+def test_microsofts_own_list_is_covered() -> None:
     ranges = pytest.importorskip("AntiSSRF", reason="microsoft-antissrf needs Python 3.11")
-    theirs = map(ipaddress.ip_network, ranges.IPAddressRanges.recommended_latest)
-    for network in theirs:
+    for network in map(ipaddress.ip_network, ranges.IPAddressRanges.recommended_latest):
         if network.version == 4:
-            assert any(network.subnet_of(mine) for mine in DENIED), network
-        assert all(map(ours, edges(network)[1:-1])), network
+            assert any(network.subnet_of(denied) for denied in _NOT_PUBLIC), network
+        assert all(map(is_refused, edges(network)[1:-1])), network
 
 
-@pytest.mark.parametrize("network", DENIED, ids=str)
-def test_our_own_list_is_not_wider_than_it_says(network: ipaddress.IPv4Network) -> None:
+@pytest.mark.parametrize("network", _NOT_PUBLIC, ids=str)
+def test_a_denied_range_is_no_wider_than_listed(network: ipaddress.IPv4Network) -> None:
     inside = [str(network[i]) for i in (0, network.num_addresses // 2, -1)]
-    assert all(map(ours, inside))
+    assert all(map(is_refused, inside))
     outside = [int(network[0]) - 1, int(network[-1]) + 1]
     for value in outside:
         if 0 <= value < 2**32:
             address = ipaddress.IPv4Address(value)
-            assert ours(str(address)) == any(address in other for other in DENIED), address
+            expected = any(address in other for other in _NOT_PUBLIC)
+            assert is_refused(str(address)) == expected, address
 
 
-def test_public_addresses_pass() -> None:
+def test_public_addresses_are_accepted() -> None:
     for address in ("1.1.1.1", "8.8.8.8", "93.184.216.34", "172.32.0.1", "100.128.0.1", "9.9.9.9"):
-        assert not ours(address)
+        assert not is_refused(address)
 
 
-def test_the_oracle_of_microsoft_is_here() -> None:
+def test_microsofts_oracle_is_installed() -> None:
     if sys.version_info >= (3, 11):
-        assert microsofts()("127.0.0.1") and not microsofts()("8.8.8.8")
+        assert microsoft()("127.0.0.1") and not microsoft()("8.8.8.8")

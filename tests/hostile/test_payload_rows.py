@@ -15,12 +15,14 @@ import stand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.model
+
 KIT = rows_auth.Kit(now=1_764_000_000)
 LOG = "heimdex_clip_worker"
 
 
 def check_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Assert that no line holds what must stay here, and that all lines are short and whole."""
+    """Assert that log lines hold no secret, and that each is short and in one piece."""
     for record in caplog.records:
         text = record.getMessage()
         assert not stand.SECRETS.search(text) and record.exc_info is None, text[:300]
@@ -28,45 +30,46 @@ def check_log(caplog: pytest.LogCaptureFixture) -> None:
         text.encode()
 
 
-async def answer(jobs, downloads):
-    """Return the replies to `jobs`, one after the other, by one worker."""
-    async with stand.running(stand.make_worker(KIT, downloads)) as worker:
+async def answer(jobs, fetcher):
+    """Send `jobs` to one worker, one after another; return the replies."""
+    async with stand.running(stand.make_worker(KIT, fetcher)) as worker:
         return [await worker.handle(job) for job in jobs]
 
 
 @pytest.mark.parametrize("row", rows_payload.ROWS, ids=lambda row: row.id)
 def test_row(row, caplog):
     caplog.set_level(logging.DEBUG, LOG)
-    downloads = stand.Canned(stand.photo())
-    [reply] = asyncio.run(answer([row.build(KIT)], downloads))
+    fetcher = stand.Canned(stand.photo())
+    [reply] = asyncio.run(answer([row.build(KIT)], fetcher))
 
     assert stand.code_of(reply) == row.code, reply
     assert reply["request_id"] == row.request_id
-    assert downloads.asked == (row.code == "OK")
+    assert fetcher.count == (row.code == "OK")
     check_log(caplog)
 
 
 @pytest.mark.parametrize("row", rows_auth.ROWS, ids=lambda row: row.id)
 def test_auth_row(row, caplog):
     caplog.set_level(logging.DEBUG, LOG)
-    downloads = stand.Asking()
-    [reply] = asyncio.run(answer([{"id": "job", "input": row.build(KIT)}], downloads))
+    fetcher = stand.Unresolved()
+    [reply] = asyncio.run(answer([{"id": "job", "input": row.build(KIT)}], fetcher))
 
     if row.code == "OK":
-        assert stand.code_of(reply) == "DNS_FAILED" and len(downloads.names) == 1
+        assert stand.code_of(reply) == "DNS_FAILED" and len(fetcher.names) == 1
     else:
-        before = {row.or_else, "INVALID_URL"} if row.or_else else set()  # the payload was first
+        # the second code: if the payload is read first
+        before = {row.or_else, "INVALID_URL"} if row.or_else else set()
         assert stand.code_of(reply) in {row.code} | before
-        assert downloads.names == []
+        assert fetcher.names == []
     check_log(caplog)
 
 
-def test_failed_authentication_takes_under_10_ms_and_asks_no_name_server():
+def test_failed_authentication_takes_under_10_ms_and_looks_no_name_up():
     jobs = [{"input": row.build(KIT)} for row in rows_auth.ROWS if row.code != "OK"]
-    downloads = stand.Asking()
+    fetcher = stand.Unresolved()
 
     async def timed() -> list[float]:
-        async with stand.running(stand.make_worker(KIT, downloads)) as worker:
+        async with stand.running(stand.make_worker(KIT, fetcher)) as worker:
             times = []
             for job in jobs:
                 start = time.perf_counter()
@@ -77,10 +80,10 @@ def test_failed_authentication_takes_under_10_ms_and_asks_no_name_server():
     times = asyncio.run(timed())
     assert statistics.median(times) < 0.01
     assert statistics.quantiles(times, n=100)[94] < 0.05  # even with 20 MB of payload
-    assert downloads.names == []
+    assert fetcher.names == []
 
 
-def test_rows_have_ids_of_their_own():
+def test_row_ids_are_unique():
     ids = [row.id for row in rows_payload.ROWS]
     assert len(set(ids)) == len(ids)
 
@@ -102,8 +105,7 @@ def test_any_payload_ends_in_a_declared_code(fields, how):
     job = {"input": {**copy.deepcopy(signed), **fields}}
     [reply] = asyncio.run(answer([job], stand.Canned(stand.photo("clock.png"))))
     stand.code_of(reply)
-    given_id = job["input"].get("request_id")
-    assert reply["request_id"] in ("unknown", given_id)
+    assert reply["request_id"] in ("unknown", job["input"].get("request_id"))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""The catalogue's rows for the selftest, through the whole handler, and floods of it."""
+"""The catalogue's rows for the selftest, through the whole handler, and floods of selftests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import stand
 import torch
 from fake_worker import FakeEmbedder
 from test_payload_rows import check_log
+
+pytestmark = pytest.mark.model
 
 KIT = rows_auth.Kit(now=1_764_000_000)
 JOB = {"id": "job", "input": {"selftest": True}}
@@ -46,35 +48,35 @@ class Turned(FakeEmbedder):
         return replace(super().load(*args, **kwargs), photos=torch.eye(3, 512))
 
 
-def ask(work, *, model=FakeEmbedder, selftest=True):
-    """Return what `work` makes of a worker, and how many downloads that took."""
-    downloads, Counting.images = stand.Canned(stand.photo()), 0
+def run_worker(work, *, model=FakeEmbedder, selftest=True):
+    """Await `work` on a worker; return its result and the number of downloads."""
+    fetcher, Counting.images = stand.Canned(stand.photo()), 0
 
     async def run():
         made = stand.make_worker(
-            KIT, downloads, embedder=model.load("ViT-B-32"), selftest=selftest
+            KIT, fetcher, embedder=model.load("ViT-B-32"), selftest=selftest
         )
         async with stand.running(made) as worker:
             return await work(worker)
 
-    return asyncio.run(run()), downloads.asked
+    return asyncio.run(run()), fetcher.count
 
 
 @pytest.mark.parametrize("row", rows_selftest.ROWS, ids=lambda row: row.id)
 def test_row(row, caplog):
     caplog.set_level(logging.DEBUG, "heimdex_clip_worker")
-    reply, asked = ask(lambda worker: worker.handle(row.build(KIT)))
+    reply, count = run_worker(lambda worker: worker.handle(row.build(KIT)))
 
     assert stand.code_of(reply) == row.code, reply
-    assert reply["request_id"] == row.request_id and asked == 0
+    assert reply["request_id"] == row.request_id and count == 0
     check_log(caplog)
 
 
 @pytest.mark.parametrize("row", rows_selftest.ROWS, ids=lambda row: row.id)
-def test_switched_off_it_is_a_request_that_nobody_signed(row):
-    reply, asked = ask(lambda worker: worker.handle(row.build(KIT)), selftest=False)
+def test_switched_off_a_selftest_is_an_unsigned_request(row):
+    reply, count = run_worker(lambda worker: worker.handle(row.build(KIT)), selftest=False)
 
-    assert stand.code_of(reply) in {row.code, "INVALID_REQUEST"} - {"SELFTEST"} and asked == 0
+    assert stand.code_of(reply) in {row.code, "INVALID_REQUEST"} - {"SELFTEST"} and count == 0
 
 
 @pytest.mark.parametrize("model, code", [(Counting, "SELFTEST"), (Broken, "INTERNAL")])
@@ -84,18 +86,18 @@ def test_a_flood_costs_one_run(model, code, caplog):
         after = [await worker.handle(JOB) for _ in range(200)]
         return together + after
 
-    replies, asked = ask(flood, model=model)
+    replies, count = run_worker(flood, model=model)
     assert {stand.code_of(reply) for reply in replies} == {code}
-    assert (Counting.images, asked) == (1, 0)
+    assert (Counting.images, count) == (1, 0)
     check_log(caplog)
 
 
-def test_another_vector_than_the_golden_one_is_an_error():
-    reply, _ = ask(lambda worker: worker.handle(JOB), model=Turned)
+def test_a_vector_other_than_the_golden_one_is_an_error():
+    reply, _ = run_worker(lambda worker: worker.handle(JOB), model=Turned)
     assert stand.code_of(reply) == "INFERENCE_FAILED"
 
 
-def test_an_answer_from_the_last_run_takes_under_a_millisecond():
+def test_a_repeated_reply_takes_under_a_millisecond():
     async def timed(worker):
         await worker.handle(JOB)
         spent = []
@@ -105,11 +107,11 @@ def test_an_answer_from_the_last_run_takes_under_a_millisecond():
             spent.append(time.perf_counter() - start)
         return spent
 
-    spent, _ = ask(timed)
+    spent, _ = run_worker(timed)
     assert statistics.median(spent) < 0.001
 
 
-def test_a_flood_of_cancelled_ones_leaves_one_run_that_ends():
+def test_a_flood_of_cancelled_selftests_leaves_one_run_that_ends():
     async def flood(worker):
         jobs = [asyncio.ensure_future(worker.handle(JOB)) for _ in range(500)]
         await asyncio.sleep(0)
@@ -118,29 +120,29 @@ def test_a_flood_of_cancelled_ones_leaves_one_run_that_ends():
         await asyncio.wait(jobs)
         return await worker.handle(JOB)
 
-    reply, _ = ask(flood, model=Counting)
+    reply, _ = run_worker(flood, model=Counting)
     assert stand.code_of(reply) == "SELFTEST" and Counting.images == 1
 
 
-def test_who_is_cancelled_takes_nobody_along():
+def test_cancelling_one_caller_does_not_cancel_the_others():
     async def two(worker):
-        gone, stays = (asyncio.ensure_future(worker.handle(JOB)) for _ in range(2))
+        first, second = (asyncio.ensure_future(worker.handle(JOB)) for _ in range(2))
         await asyncio.sleep(0.001)
-        gone.cancel()
-        return await stays
+        first.cancel()
+        return await second
 
-    reply, _ = ask(two, model=Counting)
+    reply, _ = run_worker(two, model=Counting)
     assert stand.code_of(reply) == "SELFTEST" and Counting.images == 1
 
 
-def test_a_flood_does_not_hold_up_those_who_sign():
+def test_a_flood_does_not_hold_up_signed_requests():
     async def mixed(worker):
         jobs = [JOB] * 1000 + [{"input": KIT.v1()}] * 20 + [JOB] * 1000
         return await asyncio.gather(*[worker.handle(job) for job in jobs])
 
     start = time.perf_counter()
-    replies, asked = ask(mixed, model=Counting)
-    assert [stand.code_of(r) for r in replies].count("OK") == 20 == asked
+    replies, count = run_worker(mixed, model=Counting)
+    assert [stand.code_of(r) for r in replies].count("OK") == 20 == count
     assert Counting.images == 21 and time.perf_counter() - start < 20
 
 
@@ -151,10 +153,10 @@ def test_a_reply_can_be_changed_without_changing_the_next():
         first.clear()
         return await worker.handle(JOB)
 
-    reply, _ = ask(twice)
+    reply, _ = run_worker(twice)
     assert reply["selftest"] == "ok" and reply["timings"]
 
 
-def test_rows_have_ids_of_their_own():
+def test_row_ids_are_unique():
     ids = [row.id for row in rows_selftest.ROWS]
     assert len(set(ids)) == len(ids)

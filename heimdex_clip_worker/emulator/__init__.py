@@ -1,0 +1,4 @@
+"""An emulator of the platform: job queue, supervised workers, HTTP server. For development only.
+
+May import errors.
+"""

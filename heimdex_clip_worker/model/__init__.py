@@ -1,0 +1,5 @@
+"""The model: checkpoint, towers, preprocessing, serving artifact, image and text embedders,
+golden vectors and their check.
+
+May import errors.
+"""

@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep the hub library off the network; it reads this when it is first imported."""
     if not config.getoption("--weights"):
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup; a backfill respects that
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

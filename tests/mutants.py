@@ -66,6 +66,7 @@ TESTS = {
     "backfill": ["nbs/11d_backfill.ipynb", "nbs/13h_backfill.ipynb",
                  "tests/backfill/test_backfill.py"],
     "emulator": ["tests/emulator/test_emulator.py", "nbs/10_client.ipynb", "tests/test_client.py"],
+    "explore": ["nbs/16_pictures.ipynb", "tests/project/test_explore.py"],
     "cli.deploy": [f"{CLI}deploy.py"],
     "cli.demo": [f"{CLI}demo.py"],
     "cli.platform": [f"{CLI}platform.py"],
@@ -84,6 +85,10 @@ TESTS = {
     "serving.decode": [f"{H}image_rows.py", f"{S}decode.py"],
     "serving.budget": [f"{H}many_rows.py", "nbs/05c_pipeline.ipynb"],
     "serving.batcher": [f"{H}fault_rows.py", "nbs/05c_pipeline.ipynb"],
+    "serving.connection": [f"{H}poison_rows.py", f"{H}network_rows.py", f"{S}download.py"],
+    "serving.pool": [f"{H}poison_rows.py", f"{S}download.py", f"{H}network_rows.py"],
+    "serving.loop": [f"{S}download.py", "nbs/03_download.ipynb"],
+    "serving.png": [f"{H}image_rows.py", f"{S}decode.py"],
     "serving.selftest": [f"{H}selftest_rows.py", f"{H}payload_rows.py"],
     "serving.process": [f"{S}production_loop.py", "nbs/13k_worker.ipynb"],
     "serving": [f"{H}fault_rows.py", f"{H}many_rows.py", "nbs/06_handler.ipynb"],
@@ -102,7 +107,7 @@ ORDER = ["errors", "_retry", "auth", "contract", "settings", "cli.sign", "cli.ve
          "cli.console", "cli.health", "cli.worker", "backfill.rows", "backfill.files",
          "backfill.parquet", "backfill.supabase", "cli.deploy", "serving.download", "serving.avif",
          "serving", "handler", "client", "remote", "cli", "backfill", "emulator",
-         "model"]  # fmt: skip
+         "model", "explore"]  # fmt: skip
 
 # A server that has imported the large libraries, and is forked for each run of tests.
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -23,8 +23,8 @@ from ..backfill.parquet import VectorWriter
 from . import console
 from .console import CommandError, Status, is_url, printable, say
 from .vectors import open_writer, storable
-from ..errors import without_query
-from ..settings import CLIENT_VARIABLES, in_environ
+from ..errors import ModelError, without_query
+from ..settings import CLIENT_VARIABLES, in_environ, worker_variables
 
 # %% auto #0
 __all__ = ['Input', 'check_sources', 'add_backend', 'results', 'reason', 'add_arguments', 'run']
@@ -139,18 +139,31 @@ def _inputs(
     yield from (Input("text", text, text) for text in texts)
 
 # %% ../../nbs/13d_embedding.ipynb #open-local
-def _open_local() -> Any:  # LocalBackend
+def _open_local(
+    seeded: str | None = None,  # a folder for random weights
+) -> Any:  # LocalBackend
     """Load the model; raise CommandError, SettingsError, StartError."""
     from heimdex_clip_worker.remote.local import LocalBackend, check_settings, worker_settings
 
-    settings = worker_settings()
     with console.needs("worker", "Embedding on this machine (backend local)"):
+        env = worker_variables()
+        if seeded:
+            from heimdex_clip_worker.cli.demo import seeded_checkpoint
+
+            env["CLIP_PRETRAINED"] = str(seeded_checkpoint(Path(seeded)).resolve())
+        settings = worker_settings(env)
         check_settings(settings)
         from heimdex_clip_worker.serving.process import set_up_logging
 
     set_up_logging("ERROR")
     say(f"Loading {settings.model_name} ({settings.pretrained})", "INFO")
-    return LocalBackend(settings, with_files=True)
+    try:
+        return LocalBackend(settings, with_files=True)
+    except ModelError as error:
+        if env.get("CLIP_PRETRAINED"):
+            raise
+        problem = f"{error}. To try things out with random weights, add --seeded FOLDER"
+        raise CommandError(problem) from error
 
 # %% ../../nbs/13d_embedding.ipynb #job-of
 def _job_of(source: Input, normalize: bool) -> dict[str, Any]:
@@ -210,10 +223,14 @@ def _check_endpoint_sources(paths: list[str]) -> None:
 
 # %% ../../nbs/13d_embedding.ipynb #add-backend
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says where to embed."""
+    """Add the options that say where to embed."""
     parser.add_argument(
         "--backend", choices=("runpod", "local"),
         help="an endpoint, or this machine (CLIP_INFERENCE_BACKEND, else runpod)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeded", metavar="FOLDER",
+        help="no weights at hand: random ones, made in FOLDER, on this machine",
     )  # fmt: skip
 
 # %% ../../nbs/13d_embedding.ipynb #results
@@ -223,13 +240,16 @@ def results(
     paths: list[str],  # URLs and files, as on the command line
     backend: str | None,  # runpod or local; None: as the environment says
     normalize: bool = True,
+    seeded: str | None = None,  # a folder for random weights, which only this machine can take
 ) -> Iterator[Iterator[_Pair]]:
     """Yield sources with their results; raise CommandError, SettingsError, ClipInferenceError."""
     settings = in_environ({name: CLIENT_VARIABLES[name] for name in ("backend", "model_version")})
-    backend = backend or settings["backend"]
+    if seeded and backend == "runpod":
+        raise CommandError("--seeded is for --backend local", status=Status.USAGE)
+    backend = "local" if seeded else backend or settings["backend"]
     if backend == "local":
         version = {"model_version": settings["model_version"]}
-        with closing(_open_local()) as local:
+        with closing(_open_local(seeded)) as local:
             pairs = _through_local(items, local, normalize)
             yield ((s, r if "error" in r else r | version) for s, r in pairs)
         return
@@ -329,7 +349,7 @@ def run(args: argparse.Namespace) -> int:
     with_bar = write_line is None or not sys.stdout.isatty()  # rows on a terminal are enough
     with ExitStack() as stack:
         writer = stack.enter_context(open_writer(args.out)) if args.out else None
-        options = (args.source, args.backend, not args.no_normalize)
+        options = (args.source, args.backend, not args.no_normalize, args.seeded)
         pairs = stack.enter_context(results(items, *options))
         total = None if any(map(os.path.isdir, args.source)) else len(args.source + args.text)
         show = stack.enter_context(console.progress_bar(total, "images", with_bar))

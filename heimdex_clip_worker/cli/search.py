@@ -71,10 +71,14 @@ def _best(
     return matches
 
 # %% ../../nbs/13e_search.ipynb #query-vector
-def _query_vector(source: Input, backend: str | None) -> dict[str, Any]:
+def _query_vector(
+    source: Input,
+    backend: str | None,
+    seeded: str | None = None,  # as for `results`
+) -> dict[str, Any]:
     """Embed the query; raise CommandError, SettingsError, ModelError, ClipInferenceError."""
     paths = [] if source.form == "text" else [source.value]
-    with results([source], paths, backend) as pairs:
+    with results([source], paths, backend, seeded=seeded) as pairs:
         result = next(pairs)[1]
     if "error" in result:
         raise CommandError(f"The query has no vector: {reason(source, result)} ({result['code']})")
@@ -137,11 +141,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the best matches; raise CommandError, SettingsError, ModelError, ClipInferenceError."""
     source = _query_of(args)
     next(blocks(args.file, args.show), None)  # raises for a file that cannot be read
-    query = _query_vector(source, args.backend)
+    query = _query_vector(source, args.backend, args.seeded)
     matches = _best(blocks(args.file, args.show), query, args.top)
     if not matches:
         say(f"{args.file} holds no vectors")
         return Status.FAILED
+    if query["pretrained"] == "seeded":
+        say("The weights are random: the order means nothing", "WARNING")
     rows = [(score, *(name if args.show else (name,))) for score, name in matches]
     if args.json:
         for score, name, *values in rows:

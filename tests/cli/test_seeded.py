@@ -10,10 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from heimdex_clip_worker.cli import demo, platform
-from heimdex_clip_worker.errors import SettingsError
+from heimdex_clip_worker.cli import demo, embed, platform
+from heimdex_clip_worker.cli.console import CommandError
+from heimdex_clip_worker.errors import ModelError, SettingsError
 from heimdex_clip_worker.model.golden import seeded_state
 from heimdex_clip_worker.model.weights import check_model, text_weights
+from heimdex_clip_worker.remote import local
 
 pytestmark = pytest.mark.model
 
@@ -47,7 +49,14 @@ def through_demo(folder: Path) -> str:
         return demo._choose_weights(folder)["CLIP_PRETRAINED"]
 
 
-each_command = pytest.mark.parametrize("find", [through_platform, through_demo])
+def through_embed(folder: Path) -> str:
+    """Find the file that `embed --seeded` and `search --seeded` load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "LocalBackend", lambda settings, **_: settings)
+        return embed._open_local(str(folder)).pretrained
+
+
+each_command = pytest.mark.parametrize("find", [through_platform, through_demo, through_embed])
 
 
 @each_command
@@ -85,3 +94,16 @@ def test_the_worker_of_the_platform_gets_a_key_that_it_accepts(capsys) -> None:
     platform.add_arguments(parser)
     with pytest.raises(SettingsError, match="EMBEDDING_HMAC_KEYS is missing"):
         platform.run(parser.parse_args(["--env", "AUTH_ACCEPT_V1=false", "--", "true"]))
+
+
+def test_weights_that_cannot_be_had_name_the_option(monkeypatch) -> None:
+    def load(settings: object, **_: object) -> None:
+        raise ModelError("the hub does not answer")
+
+    monkeypatch.setattr(local, "LocalBackend", load)
+    monkeypatch.delenv("CLIP_PRETRAINED", raising=False)
+    with pytest.raises(CommandError, match=r"the hub does not answer\. .+ add --seeded FOLDER"):
+        embed._open_local()
+    monkeypatch.setenv("CLIP_PRETRAINED", "laion2b_s34b_b79k")
+    with pytest.raises(ModelError):
+        embed._open_local()

@@ -10,6 +10,7 @@ import html
 import io
 import json
 import math
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -195,7 +196,9 @@ def chart(width: float, height: float, **options: Any) -> tuple[Any, Any]:  # in
 
 def finish(canvas: Any, title: str, alt: str = "", colours: int = 64) -> Figure:
     """Write a sentence above a chart and save it."""
-    canvas.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", weight="bold", size=11, color=INK)
+    lines = textwrap.fill(title, round(12 * canvas.get_figwidth()))  # 12 letters to an inch
+    options = {"ha": "left", "weight": "bold", "size": 11, "color": INK}
+    canvas.suptitle(lines.replace("$", r"\$"), x=0.01, **options)
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font does not have are drawn as boxes

@@ -399,6 +399,8 @@ def rows_of_parquet(path: Path, most: int) -> list[Stored]:
                     place = str(entry[places[0] if places else names[0]] or "")
                     space = _space_of(entry[names[2]])
                     rows.append(Stored(str(entry[names[0]]), vector, space, place))
+                if len(rows) == most:
+                    break
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise CommandError(f"{path} cannot be read as vectors: {reason_of(error)}") from error
     return rows

@@ -451,6 +451,7 @@ class Connection(asyncio.BufferedProtocol):
             self._response.feed(self._buffer[:nbytes])
             self._cause = self._response.error
         if self._cause is not None:  # asyncio's TLS layer does not bear an end within this call
+            # guard: the end comes after the call
             asyncio.get_running_loop().call_soon(self.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -108,6 +108,7 @@ CONNECTION = [
     ("only a checked certificate gives time", ALWAYS),
     ("sessions expire", (r"kept if .* else session", "kept")),
     ("no bytes without a request", SKIP),
+    ("the end comes after the call", (r"asyncio\..*", "self.abort()")),
 ]
 POOL = [
     ("one repeat, if the server closed a kept connection", NEVER),

@@ -1,7 +1,7 @@
 """The fake worker with a part that never returns: `python hung_worker.py`.
 
 `HANG` names the part: `model`, `lock` (the model, which holds the interpreter lock), `decoder` (at
-`clock.png` alone), `text` (the load of its tower) or `check` (before the first job).
+`clock.png` alone) or `check` (before the first job).
 `HANG_AFTER=3` lets three runs of the model return before. A line says when it begins.
 """
 
@@ -17,7 +17,7 @@ import fake_worker
 import torch
 from PIL import Image
 
-from heimdex_clip_worker.serving import pipeline, process
+from heimdex_clip_worker.serving import pipeline, process, watchdog
 
 HANG = os.environ.get("HANG", "")
 HANG_AFTER = int(os.environ.get("HANG_AFTER", "0"))
@@ -51,22 +51,13 @@ class Embedder(fake_worker.FakeEmbedder):
         return super().encode(pixels)
 
 
-class Text(fake_worker.FakeText):
-    """The fake text embedder, whose load hangs."""
-
-    @classmethod
-    def load(cls, *args: Any, **kwargs: Any) -> Text:
-        hang("text")
-        return cls()
-
-
 def check(*args: Any) -> None:
     """Check nothing, or hang."""
     hang("check")
 
 
 if __name__ == "__main__":
-    fake_worker.FakeEmbedder, fake_worker.FakeText = Embedder, Text
-    pipeline._DECODE_TIMEOUT_S = 1
+    fake_worker.FakeEmbedder = Embedder
+    pipeline._DECODE_TIMEOUT_S, watchdog._FIRST_TIMES = 0.5, 2
     process._check_fitness = check
     fake_worker.main()

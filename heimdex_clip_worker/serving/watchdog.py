@@ -104,7 +104,7 @@ class _Thread(threading.Thread):
         return " < ".join(names)
 
 # %% ../../nbs/05aa_watchdog.ipynb #end-process
-_GRACE_S = 3.5  # from the loss of the process to its end: the time for its last replies
+_GRACE_S = 3.0  # from the loss of the process to its end: the time for its last replies
 _MARGIN_S = 0.7  # the timer in C waits this much longer than Python
 _STDERR = 2  # its file descriptor: `sys.stderr` may be something else
 
@@ -323,7 +323,7 @@ class Watchdog:
         """Make the error of a call in a lost process."""
         return InferenceFailed(detail=self.lost, fatal=True)
 
-    def end(self, timeout_s: float = 2.0) -> None:
+    def end(self, timeout_s: float = 1.0) -> None:
         """End the process now if a thread hangs; else let it end by itself, in bounded time."""
         faulthandler.dump_traceback_later(2 * _GRACE_S, exit=True, file=_STDERR)
         ended = [pool.close(timeout_s) for pool in self._pools]
@@ -352,5 +352,6 @@ class Watchdog:
         ends = [end - now for pool in self._pools for end in pool.ends_s()]
         silence_s = self.model_timeout_s * (_FIRST_TIMES if is_first else 1)
         after_s = max(0.0, min([silence_s, *ends])) + _SILENCE_S
-        # guard: a process that stands still ends
-        faulthandler.dump_traceback_later(after_s, exit=True, file=_STDERR)
+        with suppress(RuntimeError):  # no thread is to be had now
+            # guard: a process that stands still ends
+            faulthandler.dump_traceback_later(after_s, exit=True, file=_STDERR)

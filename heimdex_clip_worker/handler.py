@@ -166,13 +166,16 @@ class Worker:
         self.space = contract.Space(model.model_name, model.pretrained, model.dim, model.space_id)
         self.selftest = Selftest(pipeline, self.space) if selftest else None
         self.lost = False  # True once the device is lost
+        self._tasks: set[asyncio.Task[Any] | None] = set()  # of the jobs in hand
+        pipeline.watchdog.on_lost = self._abandon
 
     async def handle(
         self,
         job: dict[str, Any],  # the platform's: {"id": ..., "input": ...}
     ) -> dict[str, Any]:
         """Make the reply to a job; raise nothing but CancelledError."""
-        request_id = contract.UNKNOWN
+        request_id, task = contract.UNKNOWN, asyncio.current_task()
+        self._tasks.add(task)
         try:
             job_input = job.get("input")
             request_id = contract.read_request_id(job_input)
@@ -189,16 +192,25 @@ class Worker:
                     reply = await self.embed_item(request, request.items[0])
             _ensure_json_serializable(reply)  # guard: replies are JSON
         except asyncio.CancelledError:
-            _log.info("Request %s cancelled", request_id)
-            raise
+            if not self.pipeline.watchdog.lost:
+                _log.info("Request %s cancelled", request_id)
+                raise
+            reply = _error_reply(self.pipeline.watchdog.error(), request_id)
         except GeneratorExit:
             raise
         except BaseException as error:  # guard: SystemExit stays in its job
             reply = _error_reply(error, request_id)
+        finally:
+            self._tasks.discard(task)
         if reply.get("refresh_worker") and not self.lost:
             self.lost = True
             self.on_fatal()  # guard: a lost device ends the worker
         return reply
+
+    def _abandon(self) -> None:
+        """Fail every job in hand now: the watchdog has found that this process is lost."""
+        for task in self._tasks:
+            task.cancel()  # guard: jobs are answered before the process ends
 
     async def embed_item(self, request: contract.Request, item: contract.Item) -> dict[str, Any]:
         """Embed one item of a request and build its result; raise WorkerError subclasses."""
@@ -290,6 +302,7 @@ def build(settings: Settings) -> Worker:
         max_batch=largest_batch(settings.max_batch_size, embedder.device),
         max_bytes_in_flight=settings.max_bytes_in_flight,
         load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),
+        model_timeout_s=settings.model_timeout_s,
     )
     if settings.text == "eager":
         pipeline.load_text_tower()
@@ -334,7 +347,7 @@ def main() -> None:
     sdk.result()
     sdk_wait_s = time.perf_counter() - start - load_s
     spent_s = {"import": import_s, "load": load_s, "SDK": sdk_wait_s}
-    process.serve(worker.handle, worker.pipeline.embedder, settings, spent_s)
+    process.serve(worker.handle, worker.pipeline, settings, spent_s)
 
 # %% ../nbs/06_handler.ipynb #as-a-program
 if __name__ == "__main__" and "__file__" in globals():

@@ -294,6 +294,8 @@ class Settings:
     max_bytes_in_flight: int = _var("MAX_BYTES_IN_FLIGHT",
         number(int, 1, 1 << 36, "bytes"), "671088640",
         "Most bytes of images in flight; most images: 3 full batches, or 64 if that is more")
+    model_timeout_s: float = _var("MODEL_TIMEOUT_S", number(float, 1, 600, "seconds"), "30",
+        "Seconds for a run of the model, four times as many for the first; then the worker ends")
     selftest: str = _var("CLIP_SELFTEST", word("on", "off"), "on",
         "Answer the unsigned `selftest` request, which embeds a photograph from the package")
     log_level: str = _var("LOG_LEVEL", word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO",

@@ -9,30 +9,12 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import InferenceFailed
 
 # %% auto #0
-__all__ = ['in_thread', 'largest_batch', 'Batcher']
-
-# %% ../../nbs/05b_batcher.ipynb #in-thread
-async def in_thread(
-    pool: ThreadPoolExecutor,
-    function: Callable[..., Any],
-    *args: Any,
-) -> Any:
-    """Run `function` in a thread of `pool`; return its result or raise its exception."""
-
-    def call() -> Any:
-        try:
-            return function(*args)
-        # guard: a thread's exit stays in its job
-        except (StopIteration, SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-            raise RuntimeError(f"{type(error).__name__} in a thread") from error
-
-    return await asyncio.get_running_loop().run_in_executor(pool, call)
+__all__ = ['largest_batch', 'Batcher']
 
 # %% ../../nbs/05b_batcher.ipynb #largest-batch
 _CPU_BATCH = 16
@@ -48,7 +30,7 @@ _Entry = tuple[Any, "asyncio.Future[tuple[Any, float]]"]  # an item, and the fut
 
 async def _run_batch(
     run: Callable[[list[Any]], list[Any]],  # n items -> n results
-    pool: ThreadPoolExecutor,  # where it runs
+    pool: Any,  # where it runs: the threads of a Watchdog
     entries: list[_Entry],
 ) -> None:
     """Run a batch; set each future to a result and the time its run began, or to an error."""
@@ -57,7 +39,7 @@ async def _run_batch(
         return
     began = time.perf_counter()
     try:
-        results = await in_thread(pool, run, [item for item, _ in entries])
+        results = await pool.run(run, [item for item, _ in entries])
         if len(results) != len(entries):
             raise InferenceFailed(detail=f"{len(results)} results for {len(entries)} items")
     except Exception as error:
@@ -83,7 +65,7 @@ class Batcher:
     def __init__(
         self,
         run: Callable[[list[Any]], list[Any]],  # n items -> n results, in a thread of the pool
-        pool: ThreadPoolExecutor,
+        pool: Any,  # the threads of a Watchdog
         *,
         max_batch: int,  # most items in one run
     ):

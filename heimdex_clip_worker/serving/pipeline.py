@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +18,11 @@ import torch
 from ..errors import InferenceFailed, InvalidRequest, NoTextTower, StartError
 from ..model.image import Embedder, to_vectors
 from ..model.preprocess import one_torch_thread, torch_threads
-from .batcher import Batcher, in_thread
+from .batcher import Batcher
 from .budget import Budget
 from .decode import NeedsMemory, PixelLimits, decode
 from .download import Fetcher, FetchLimits
+from .watchdog import Watchdog
 
 # %% auto #0
 __all__ = ['Vector', 'prepare_image', 'Pipeline']
@@ -104,6 +105,7 @@ _BATCHES_IN_FLIGHT, _MIN_IN_FLIGHT = 3, 64  # most images in flight: 3 batches, 
 _SLOTS_PER_THREAD = 2  # one job gets half: one for each thread, so nothing queues behind it
 _THREAD_BYTES = 100_000_000  # of memory that each thread may take for an image
 _LARGE_BYTES = 1_000_000_000  # of memory that all larger images share
+_DECODE_TIMEOUT_S = 30  # for one image; those that are accepted take a few seconds of CPU time
 
 
 class Pipeline:
@@ -119,6 +121,7 @@ class Pipeline:
         max_batch: int = 64,  # most images, or texts, in one run of the model
         max_bytes_in_flight: int = 64 * FetchLimits.max_bytes,  # reserved by all images
         load_text: Callable[[], Any] | None = None,  # -> TextEmbedder; None: no texts
+        model_timeout_s: float = 30,  # for a run of the model; the first one has more
     ):
         self.embedder, self.fetcher, self.pixel_limits = embedder, fetcher, pixel_limits
         self.byte_budget = Budget(max_bytes_in_flight)
@@ -131,10 +134,13 @@ class Pipeline:
         self._load_text, self._tower = load_text, None
         self._tower_error: StartError | None = None
         # One more, for a job that holds no slot.
-        self.decode_pool = ThreadPoolExecutor(decode_workers + 1, "decode", one_torch_thread)
-        self._text_pool = ThreadPoolExecutor(1, "text", one_torch_thread)
-        threads = (torch.get_num_threads(),)
-        self._model_pool = ThreadPoolExecutor(1, "model", torch_threads, threads)
+        self._decode_count = decode_workers + 1
+        self.watchdog = Watchdog(model_timeout_s)
+        options = (self._decode_count, one_torch_thread, _DECODE_TIMEOUT_S)
+        self.decode_pool = self.watchdog.decode_threads(*options)
+        self._text_pool = self.watchdog.threads(1, "text", one_torch_thread)
+        as_many = partial(torch_threads, torch.get_num_threads())
+        self._model_pool = self.watchdog.threads(1, "model", as_many)
         self.images = Batcher(self._embed_images, self._model_pool, max_batch=max_batch)
         self.texts = Batcher(self._embed_texts, self._model_pool, max_batch=max_batch)
 
@@ -169,11 +175,15 @@ class Pipeline:
             fetch.cancel()
         return None if fetch.cancelled() and reservation.is_evicted else fetch.result()
 
-    async def prepare(self, data: bytes, max_bytes: int | None = None) -> _Prepared:
+    async def prepare(
+        self,
+        data: bytes,
+        max_bytes: int | None = None,  # as for `prepare_image`
+        weight: float = 1.0,  # what it counts, in threads, if the decoder hangs
+    ) -> _Prepared:
         """Decode an image file in a thread; raise WorkerError subclasses or NeedsMemory."""
-        return await in_thread(
-            self.decode_pool, prepare_image, data, self.embedder, self.pixel_limits, max_bytes
-        )
+        args = (data, self.embedder, self.pixel_limits, max_bytes)
+        return await self.decode_pool.run(prepare_image, *args, weight=weight)
 
     async def _prepare_in_turn(self, data: bytes, job: object) -> _Prepared:
         """Decode an image file when a thread, and the memory for a large one, are free."""
@@ -184,7 +194,9 @@ class Pipeline:
                 count = large.count
         # guard: large images share memory
         async with self.large_bytes.reserve(count, job), self.decode_slots.reserve(1, job):
-            return await self.prepare(data)
+            share = min(count / _LARGE_BYTES, 1)
+            # guard: a large image that hangs counts more
+            return await self.prepare(data, weight=max(share * self._decode_count, 1))
 
     async def embed_prepared(
         self,
@@ -209,7 +221,7 @@ class Pipeline:
         """Tokenize and embed a text; raise WorkerError subclasses only."""
         start = time.perf_counter()
         async with self._text_slot.reserve(1, job):  # guard: jobs take turns with texts
-            tokens, truncated = await in_thread(self._text_pool, self._tokenize, text)
+            tokens, truncated = await self._text_pool.run(self._tokenize, text)
         ready = time.perf_counter()
         values, began = await self.texts.submit((tokens, normalize), job)
         return Vector(values, _timings(start, ready, began), truncated=truncated)
@@ -243,8 +255,12 @@ class Pipeline:
     def _embed_texts(self, items: list[tuple[torch.Tensor, bool]]) -> list[list[float]]:
         return _embed_batch(self.text_tower().encode, self.embedder.dim, items)
 
+    async def warm_up(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in the model's thread; raise InferenceFailed if it does not return."""
+        return await self._model_pool.run(function, *args)
+
     async def close(self) -> None:
-        """Close the connections and end the threads."""
+        """Close the connections and end the threads that do not hang."""
         await self.fetcher.close()
         for pool in (self.decode_pool, self._text_pool, self._model_pool):
-            pool.shutdown(wait=True)
+            pool.close(pool.limit_s)

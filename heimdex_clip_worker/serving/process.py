@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ..model.image import Embedder
+from .pipeline import Pipeline
 from ..settings import Settings
 
 _log = logging.getLogger("heimdex_clip_worker")
@@ -138,7 +139,7 @@ def _check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
 # %% ../../nbs/05d_process.ipynb #serve
 def serve(
     handle: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],  # a job -> its reply
-    embedder: Embedder,  # to be checked before the first job
+    pipeline: Pipeline,  # its model is checked before the first job
     settings: Settings,
     spent_s: Mapping[str, float],  # seconds of the start so far, by step
 ) -> None:
@@ -154,12 +155,16 @@ def serve(
         if not (settings.hmac_secret or settings.hmac_keys):
             raise RuntimeError("no key to verify signatures with")
 
-    def warm_up() -> None:
-        _check_fitness(embedder, spent_s)
+    async def warm_up() -> None:
+        await pipeline.warm_up(_check_fitness, pipeline.embedder, spent_s)
 
     for check in (secret_is_set, warm_up):
         runpod.serverless.register_fitness_check(check)
-    runpod.serverless.start({
-        "handler": handle,
-        "concurrency_modifier": lambda _: settings.max_concurrency,
-    })
+    pipeline.watchdog.ends_process = True
+    try:
+        runpod.serverless.start({
+            "handler": handle,
+            "concurrency_modifier": lambda _: settings.max_concurrency,
+        })
+    finally:
+        pipeline.watchdog.end()

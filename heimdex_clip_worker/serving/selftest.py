@@ -16,7 +16,6 @@ from ..contract import UNKNOWN, Space
 from ..errors import InferenceFailed, WorkerError
 from ..model import golden
 from ..model.photos import GOLDEN_PHOTOS, PHOTOS
-from .batcher import in_thread
 from .pipeline import Pipeline, Vector
 
 _log = logging.getLogger("heimdex_clip_worker")
@@ -40,7 +39,7 @@ def is_selftest(
 async def _embed_photo(pipeline: Pipeline) -> Vector:
     """Embed the worker's own photograph; raise WorkerError subclasses."""
     start = time.perf_counter()
-    data = await in_thread(pipeline.decode_pool, _PHOTO.read_bytes)
+    data = await pipeline.decode_pool.run(_PHOTO.read_bytes)
     return await pipeline.embed_prepared(await pipeline.prepare(data), True, start)
 
 # %% ../../nbs/05a_selftest.ipynb #run-once

@@ -31,6 +31,7 @@ FILES = {
     "connection": "serving/connection.py", "pool": "serving/pool.py",
     "download": "serving/download.py", "avif": "serving/avif.py", "decode": "serving/decode.py",
     "png": "serving/png.py",
+    "watchdog": "serving/watchdog.py",
     "budget": "serving/budget.py", "batcher": "serving/batcher.py",
     "pipeline": "serving/pipeline.py", "selftest": "serving/selftest.py",
     "preprocess": "model/preprocess.py", "image": "model/image.py", "golden": "model/golden.py",
@@ -50,6 +51,7 @@ TESTS = {
     "preprocess": [f"{HOSTILE}/test_image_rows.py", "tests/serving/test_decode.py"],
     "image": ["tests/serving/test_decode.py", "tests/model/test_embed.py"],
     "budget": [f"{HOSTILE}/test_many_rows.py"],
+    "watchdog": ["tests/serving/test_watchdog.py", f"{HOSTILE}/test_fault_rows.py"],
     "batcher": [f"{HOSTILE}/test_fault_rows.py"],
     "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
     "handler": [
@@ -213,8 +215,18 @@ BUDGET = [
     ("bytes in flight", NEVER),
     ("no job takes the whole budget", (r"return .*", "return True")),
 ]
-BATCHER = [
+WATCHDOG = [
     ("a thread's exit stays in its job", (r"except \(.*\)", "except ()")),
+    ("Python waits for no thread", (r"daemon=True", "daemon=False")),
+    ("the end needs no interpreter lock", SKIP),
+    ("what hangs is bounded", NEVER),
+    ("a lost process runs nothing", NEVER),
+    ("a lost process ends", SKIP),
+    ("no thread delays the end", NEVER),
+    ("a call that hangs is found", SKIP),
+    ("a process that stands still ends", SKIP),
+]
+BATCHER = [
     ("a bad batch is halved", NEVER),
     ("a fatal fault is not retried", NEVER),
     (
@@ -226,6 +238,7 @@ PIPELINE = [
     ("as many rows as items", NEVER),
     ("images in flight", (r"= .* // \w+", "= 0")),
     ("no job takes all decode slots", (r"async with .*:", "if True:")),
+    ("a large image that hangs counts more", (r"weight=.*\)", "weight=1)")),
     ("large images share memory", (r"self\.large_bytes\.reserve\(count, job\), ", "")),
     ("a download's exit stays in its job", (r"\(SystemExit, KeyboardInterrupt\)", "ZeroDivisionError")),
     ("slow downloads give way", (r"with .*:", "if True:")),
@@ -248,6 +261,7 @@ HANDLER = [
     ("a lost device stays lost", NEVER),
     ("a lost device ends the worker", SKIP),
     ("a device lost in one item ends the worker", NEVER),
+    ("jobs are answered before the process ends", SKIP),
 ]
 SELFTEST = [
     ("true itself", (r" is True", "")),
@@ -301,6 +315,7 @@ GUARDS = [
         ("preprocess", PREPROCESS),
         ("image", IMAGE),
         ("budget", BUDGET),
+        ("watchdog", WATCHDOG),
         ("batcher", BATCHER),
         ("pipeline", PIPELINE),
         ("handler", HANDLER),

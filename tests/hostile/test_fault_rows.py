@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rows_auth
@@ -18,6 +17,7 @@ from fake_worker import FakeEmbedder, mean_and_size
 from heimdex_clip_worker.errors import InferenceFailed
 from heimdex_clip_worker.model.image import Embedder
 from heimdex_clip_worker.serving.batcher import Batcher
+from heimdex_clip_worker.serving.watchdog import Watchdog
 
 pytestmark = pytest.mark.model
 
@@ -199,9 +199,8 @@ def test_a_batch_on_a_lost_device_is_not_retried():
         raise InferenceFailed(fatal=True)
 
     async def eight() -> None:
-        with ThreadPoolExecutor(1) as pool:
-            batcher = Batcher(run, pool, max_batch=8)
-            await asyncio.gather(*map(batcher.submit, range(8)), return_exceptions=True)
+        batcher = Batcher(run, Watchdog().threads(1, "model"), max_batch=8)
+        await asyncio.gather(*map(batcher.submit, range(8)), return_exceptions=True)
 
     asyncio.run(eight())
     assert sizes == [8]

@@ -54,6 +54,7 @@ WORKER = {  # variable -> field, value of its default
     "MAX_BATCH_SIZE": ("max_batch_size", 64),
     "DECODE_WORKERS": ("decode_workers", 0),
     "MAX_BYTES_IN_FLIGHT": ("max_bytes_in_flight", 671_088_640),
+    "MODEL_TIMEOUT_S": ("model_timeout_s", 30.0),
     "CLIP_SELFTEST": ("selftest", "on"),
     "LOG_LEVEL": ("log_level", "INFO"),
 }
@@ -96,6 +97,7 @@ RANGES = {  # variable -> smallest and largest number accepted, and the nearest 
     "MAX_BATCH_SIZE": ("1", "1024", "0", "1025"),
     "DECODE_WORKERS": ("0", "256", "-1", "257"),
     "MAX_BYTES_IN_FLIGHT": ("1", "68719476736", "0", "68719476737"),
+    "MODEL_TIMEOUT_S": ("1", "600", "0.9", "600.1"),
     "RUNPOD_TIMEOUT_S": ("0.1", "3600", "0.09", "3600.1"),
 }
 WORDS = {

@@ -90,11 +90,14 @@ COPY --from=worker /opt/worker /opt/worker
 ARG CLIP_MODEL_NAME
 ARG CLIP_PRETRAINED
 ARG CLIP_ACTIVATION
-# Nothing is fetched or written at run time: the weights are in CLIP_ARTIFACT_DIR.
+# Nothing is fetched or written at run time: the weights are in CLIP_ARTIFACT_DIR. NVIDIA's container
+# runtime mounts a driver only into an image that asks for it, as CUDA's own base images do.
 ENV PATH=/opt/venv/bin:/opt/worker/bin:$PATH \
     PYTHONPATH=/opt/worker \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HF_HUB_OFFLINE=1 \
     CLIP_ARTIFACT_DIR=/opt/clip \
     CLIP_MODEL_NAME=$CLIP_MODEL_NAME \

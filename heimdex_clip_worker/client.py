@@ -401,10 +401,12 @@ class _JobRunner:
 
 # %% ../nbs/10_client.ipynb #health-types
 _Status = Literal[
-    "ready", "initializing", "crash_loop", "throttled", "no_workers", "cold", "unreachable"
+    "ready", "standby", "cold", "initializing", "crash_loop", "throttled", "no_workers",
+    "unreachable",
 ]
 _ADVICE: dict[_Status, str] = {
     "ready": "Workers are ready.",
+    "standby": "Workers are idle and scaled down: the next job wakes a worker.",
     "initializing": "Workers are starting; the first start on a host takes minutes.",
     "crash_loop": "Workers start and end at once: read their log (a missing secret, unloadable "
     "weights), or deploy the previous image again.",
@@ -436,10 +438,12 @@ def _read_counts(counts: Any, names: tuple[str, ...]) -> dict[str, int]:
 
 def _classify_health(jobs: Mapping[str, int], workers: Mapping[str, int]) -> _Status:
     """Choose the status of an endpoint with these counts; a missing count is 0."""
-    if any(workers.get(name) for name in ("ready", "idle", "running")):
-        return "ready"
-    if workers.get("unhealthy"):
+    if workers.get("unhealthy"):  # guard: a crash loop is not hidden
         return "crash_loop"
+    if workers.get("running") or workers.get("ready"):
+        return "ready"
+    if workers.get("idle"):  # guard: idle is not ready
+        return "standby"
     if workers.get("throttled"):
         return "throttled"
     if workers.get("initializing"):

@@ -29,7 +29,7 @@ if __name__ == "__main__" and "__file__" in globals():  # as a program
 
 from . import contract, errors
 from .auth import Keyring, verify
-from .model.image import Embedder, check_choice
+from .model.image import Embedder, check_choice, gpu_problems, unused_gpus
 from .model.text import TextEmbedder
 from .serving import process
 from .serving.batcher import largest_batch
@@ -257,6 +257,11 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     options = {name: values[name] for name in more if name in values}
     return check_choice(*[values[name] for name in needed], **options)
 
+
+def _host_problems(values: dict[str, Any]) -> list[str]:
+    """Say why this host's GPU cannot be used, if `auto` would take the CPU instead."""
+    return gpu_problems(values.get("device", ""), process.gpu_signs())
+
 # %% ../nbs/06_handler.ipynb #keys-and-limits
 def _keyring(settings: Settings) -> Keyring:
     return Keyring(
@@ -323,6 +328,8 @@ def _load(settings: Settings) -> Worker:
         embedder.model_name, embedder.pretrained, embedder.activation, embedder.device,
         time.perf_counter() - start,
     )
+    if unused := unused_gpus(embedder.device):  # guard: idle GPUs are told
+        _log.warning("%s", unused)
     return worker
 
 
@@ -334,7 +341,8 @@ def main() -> None:
     import_s, start = process.age_s(), time.perf_counter()
     process.tune()
     try:
-        settings = Settings.from_env(checks=[model_problems])
+        # guard: a GPU host has a GPU
+        settings = Settings.from_env(checks=[model_problems, _host_problems])
         process.set_up_logging(settings.log_level)
         with ThreadPoolExecutor(1) as executor:
             sdk = executor.submit(process.import_sdk)

@@ -72,19 +72,51 @@ def matching(pattern: str, what: str) -> Callable[[str], str]:
 
     return parse
 
+# %% ../nbs/01_settings.ipynb #unfilled
+_TEMPLATE = r"\{\{[^{}]*\}\}|\$\{[a-z_]\w*([:?+=-][^}]*)?\}|RUNPOD_SECRET_"  # part of a value
+_BLANK = "|".join(  # a whole value; a W is any words
+    part.replace("W", r"[\w ,.:'/-]*")
+    for part in ("<W>", r"\[W\]", r"\{W\}", "`W`", r"\$\(W\)", r"\$\w+", r"%\w+%", r".*(\.\.\.|…)")
+)
+
+
+def refuse_template(text: str) -> str:
+    """Return `text` unchanged; raise ValueError if it holds a template instead of a value."""
+    if secret := re.search(r"RUNPOD_SECRET_(\w{1,64})", text, re.IGNORECASE):
+        raise ValueError(
+            f"holds {{{{ RUNPOD_SECRET_{secret[1]} }}}}, which RunPod did not replace: make a "
+            "secret of that name in its console, or set the value itself"
+        )
+    flags = re.DOTALL | re.IGNORECASE
+    if re.search(_TEMPLATE, text, flags) or re.fullmatch(_BLANK, text.strip(), flags):
+        raise ValueError("is a placeholder that was never replaced: set the value itself")
+    return text
+
 # %% ../nbs/01_settings.ipynb #secret
 MIN_SECRET_BYTES = 16  # 128 bits, the fewest that resist guessing offline
+_PUBLISHED = {  # secrets that documents, notebooks and test vectors show, or have shown
+    "an-example-secret-of-32-bytes-ok", "another-example-secret-of-32-byt",
+    "an-example-of-a-secret", "example-secret-of-version-one", "example-secret-of-november",
+    "пример-ключа-августа-0", "of-this-step-and-nothing-else",
+    "0123456789abcdef", "fedcba9876543210",
+}  # fmt: skip
+_FILLER = r"example|placeholder|(change|replace)[-_ ]?(me|this)|your[-_ ]|(secret|key)[-_ ]?here"
 
 
 def _secret(text: str) -> str:
-    """Parse a shared secret: at least 16 bytes, no white space around it."""
+    """Parse a shared secret: at least 16 bytes, no white space around it, no placeholder."""
     if not text.strip():
         raise ValueError("is empty")
     if text != text.strip():
         raise ValueError("has white space around it")
+    refuse_template(text)  # guard: a template is no key
     size = len(text.encode("utf-8", "surrogateescape"))
     if size < MIN_SECRET_BYTES:
         raise ValueError(f"is too short: {size} bytes < {MIN_SECRET_BYTES} needed")
+    if text in _PUBLISHED:  # guard: published secrets are no secrets
+        raise ValueError("is an example that documents show: `openssl rand -hex 32` makes one")
+    if re.search(_FILLER, text, re.IGNORECASE) or re.fullmatch(r"([xX*.#?_-])\1*", text):
+        raise ValueError("is a placeholder, not a secret: `openssl rand -hex 32` makes one")
     return text
 
 # %% ../nbs/01_settings.ipynb #keys
@@ -194,6 +226,8 @@ def _read(
     for key, variable in variables.items():
         text = env.get(variable.name) or variable.default  # empty means absent
         try:
+            if text:
+                refuse_template(text)  # guard: templates are filled in
             values[key] = None if text is None else variable.parse(text)
         except ValueError as problem:
             shown = variable.name if variable.hidden else f"{variable.name}={(text or '')[:100]!r}"
@@ -208,6 +242,18 @@ def _checked(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     return values
 
 # %% ../nbs/01_settings.ipynb #needs-a-key
+_OF_THE_HUB = "of-the-hub-tests-and-nothing-else"  # in .runpod/tests.json
+
+
+def _check_hub_secret(values: dict[str, Any]) -> list[str]:
+    """Refuse the secret of the hub's tests where a worker can download images."""
+    keys = {values.get("hmac_secret"), *(values.get("hmac_keys") or {}).values()}
+    is_in_test = values.get("allowed_image_hosts") == ("hub-tests.invalid",)
+    if _OF_THE_HUB in keys and not is_in_test:  # guard: the hub's secret is for its tests
+        return ["EMBEDDING_HMAC_SECRET or a key is the one of the hub's tests: it is public"]
+    return []
+
+
 def _check_has_key(values: dict[str, Any]) -> list[str]:
     """Refuse to run open, or for nobody: the accepted signature versions need a key."""
     if not {"hmac_secret", "hmac_keys", "auth_accept_v1"} <= values.keys():
@@ -254,7 +300,7 @@ class Settings:
         "Activation of the weights; `auto`: that of the tag, or of the file (see below)")
     device: str = _var("CLIP_DEVICE",
         matching(r"auto|cpu|cuda(:\d{1,2})?", "auto, cpu, cuda or cuda:N"), "auto",
-        "`auto` is cuda when there is one, else cpu")
+        "`auto`: cuda, or cpu on a host that shows no GPU; `cpu`: never the GPU")
     precision: str = _var("CLIP_PRECISION", word("auto", "fp32", "fp16", "bf16"), "auto",
         "Number format of the model; `auto`: fp16 on CUDA, bf16 on CPUs that support it, else fp32")
     text: str = _var("CLIP_TEXT", word("lazy", "eager", "off"), "lazy",
@@ -309,7 +355,7 @@ class Settings:
     ) -> Settings:
         """Read the settings from `env`; raise SettingsError with every problem at once."""
         values, problems = _read(os.environ if env is None else env, VARIABLES)
-        for check in (_check_has_key, *checks):
+        for check in (_check_has_key, _check_hub_secret, *checks):
             problems += check(values)
         return cls(**_checked(values, problems))
 
@@ -400,7 +446,8 @@ class ClientSettings:
         unused = _unused(env.get("CLIP_INFERENCE_BACKEND"))
         used = {name: value for name, value in env.items() if name not in unused}
         values, problems = _read(used, CLIENT_VARIABLES)
-        return cls(**_checked(values, problems + _check_backend(values)))
+        problems += _check_backend(values) + _check_hub_secret(values)
+        return cls(**_checked(values, problems))
 
 
 CLIENT_VARIABLES = _variables(ClientSettings)
@@ -463,6 +510,26 @@ def worker_environment(
     kept = {k: v for k, v in (os.environ if env is None else env).items() if k not in signing}
     model = {} if model_name is None else {"CLIP_MODEL_NAME": model_name}
     return {**kept, **model, "EMBEDDING_HMAC_SECRET": secret}
+
+# %% ../nbs/01_settings.ipynb #host-facts
+def platform_count(
+    name: str,  # RUNPOD_GPU_COUNT or RUNPOD_CPU_COUNT
+    env: Mapping[str, str] | None = None,  # None: this process's own
+) -> int:  # rounded down; 0: not told, or no number
+    """Read a count that the platform sets."""
+    text = (os.environ if env is None else env).get(name, "")
+    match = re.fullmatch(r"\s*(\d{1,9})(\.\d*)?\s*", text, re.ASCII)
+    return int(match[1]) if match else 0
+
+
+def gpu_variables(env: Mapping[str, str] | None = None) -> list[str]:  # None: this process's own
+    """List the variables that say that this host has a GPU, as `NAME=value`."""
+    env = os.environ if env is None else env
+    gpus, visible = platform_count("RUNPOD_GPU_COUNT", env), env.get("NVIDIA_VISIBLE_DEVICES", "")
+    shown = [f"RUNPOD_GPU_COUNT={gpus}"] if gpus else []
+    if re.fullmatch(r"(\d+|(GPU|MIG)-[\w/-]+)(,(\d+|(GPU|MIG)-[\w/-]+))*", visible, re.ASCII):
+        shown.append(f"NVIDIA_VISIBLE_DEVICES={visible[:80]}")
+    return shown
 
 # %% ../nbs/01_settings.ipynb #environment-table
 def environment_table(

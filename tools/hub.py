@@ -12,8 +12,8 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
-from heimdex_clip_worker.cli.deploy import _EXCLUDED_GPUS, _GPU_POOLS, _MIN_CUDA
-from heimdex_clip_worker.settings import VARIABLES, Variable, flag
+from heimdex_clip_worker.cli.deploy import _EXCLUDED_GPUS, _GPU_POOLS, _MIN_CUDA, _OF_A_GPU
+from heimdex_clip_worker.settings import _OF_THE_HUB, VARIABLES, Variable, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".runpod"
@@ -30,7 +30,7 @@ def image_variables() -> set[str]:
 
 def input_type(variable: Variable) -> dict[str, Any]:
     """Describe the type and the default of a variable's input."""
-    parse, default = variable.parse, variable.default
+    parse, default = variable.parse, _OF_A_GPU.get(variable.name, variable.default)
     if default is None:
         return {"type": "string", "required": True}
     if parse is flag:
@@ -85,13 +85,17 @@ def hub() -> dict[str, Any]:
 
 def tests() -> dict[str, Any]:
     """Build the hub's tests: static files, so the one request that needs no signature."""
-    secret = {"key": "EMBEDDING_HMAC_SECRET", "value": "of-the-hub-tests-and-nothing-else"}
+    env = {
+        "EMBEDDING_HMAC_SECRET": _OF_THE_HUB,  # accepted only with the next one
+        "ALLOWED_IMAGE_HOSTS": "hub-tests.invalid",
+        **_OF_A_GPU,
+    }
     return {
         "tests": [{"name": "selftest", "input": {"selftest": True}, "timeout": 60_000}],
         "config": {
             "gpuTypeId": "NVIDIA GeForce RTX 4090",
             "gpuCount": 1,
-            "env": [secret],
+            "env": [{"key": name, "value": value} for name, value in env.items()],
             "allowedCudaVersions": CUDA,
         },
     }

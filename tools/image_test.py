@@ -19,6 +19,7 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import statistics
@@ -323,7 +324,7 @@ def check_vector_and_text(platform: object, output: dict, golden: str) -> str:
 
 def check_selftest(begin: list[str]) -> None:
     """Check the job that needs no caller, no network and no signature."""
-    env = ["EMBEDDING_HMAC_SECRET=of-this-step-and-nothing-else"]
+    env = [f"EMBEDDING_HMAC_SECRET={secrets.token_hex(32)}"]
     job = ["--test_input", json.dumps({"input": {"selftest": True}})]
     run(*begin, *env, "python", "-u", "-m", "heimdex_clip_worker.handler", *job)
     check(True, "it passes its selftest")

@@ -29,7 +29,7 @@ import requests
 from ..auth import sign
 from .console import needs, say
 from ..model.photos import PHOTOS
-from ..settings import environment_for
+from ..settings import environment_for, worker_variables
 
 # %% auto #0
 __all__ = ['has_real_weights', 'seeded_checkpoint', 'serve_folder', 'add_arguments', 'run']
@@ -210,6 +210,8 @@ def embed_photo(photo: Path, folder: Path) -> None:
     secret = secrets.token_hex(32)
     variables = {"EMBEDDING_HMAC_SECRET": secret, "ALLOWED_PRIVATE_NETWORKS": "127.0.0.0/8"}
     variables |= _choose_weights(folder)
+    own = worker_variables()  # CLIP_DEVICE=cpu helps where torch cannot use the GPU
+    variables |= {name: own[name] for name in ("CLIP_DEVICE",) if name in own}
     print("Starting the worker's local server ...", flush=True)
     with serve_folder(photo.parent) as photos, run_worker(variables) as worker:
         url = f"{photos}/{quote(photo.name)}"

@@ -97,6 +97,14 @@ def read_pairs(pairs: Iterable[str]) -> dict[str, str]:
     return variables
 
 # %% ../../nbs/15_deploy.ipynb #merge-variables
+_OF_A_GPU = {"CLIP_DEVICE": "cuda"}  # unless the endpoint or the command says otherwise
+_BY_RUNPOD = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}", re.IGNORECASE)  # inserted at a start
+_SOME_KEYS = {  # stand for those that an endpoint may have
+    "EMBEDDING_HMAC_SECRET": "0" * MIN_SECRET_BYTES,
+    "EMBEDDING_HMAC_KEYS": "some:" + "0" * MIN_SECRET_BYTES,
+}
+
+
 def merge_variables(
     existing: Mapping[str, str],  # of the endpoint; empty for a new one
     updates: Mapping[str, str],
@@ -104,11 +112,14 @@ def merge_variables(
 ) -> tuple[dict[str, str], str | None]:  # the variables; the secret made for them, if one was
     """Compute an endpoint's variables; raise SettingsError if no worker could start with them."""
     removed = set(removed)
-    env = {name: value for name, value in {**existing, **updates}.items() if name not in removed}
+    merged = {**_OF_A_GPU, **existing, **updates}
+    env = {name: value for name, value in merged.items() if name not in removed}
     new_secret = None
     if not env.get("EMBEDDING_HMAC_SECRET") and not env.get("EMBEDDING_HMAC_KEYS"):
         new_secret = env["EMBEDDING_HMAC_SECRET"] = secrets.token_hex(32)
-    Settings.from_env(env)
+    by_runpod = {n for n in env.keys() - updates.keys() if _BY_RUNPOD.search(env[n])}
+    known = {name: value for name, value in env.items() if name not in by_runpod}
+    Settings.from_env(known | {name: _SOME_KEYS[name] for name in by_runpod & _SOME_KEYS.keys()})
     return env, new_secret
 
 # %% ../../nbs/15_deploy.ipynb #deploy-error
@@ -279,6 +290,24 @@ class Deployment:
     is_new: bool  # created, not updated
 
 
+def _gpu_count(endpoint: Mapping[str, Any]) -> int:
+    """Read how many GPUs each worker of an endpoint has; 1 if the API does not tell."""
+    gpu = endpoint.get("gpu")
+    count = gpu.get("count") if isinstance(gpu, dict) else None
+    return count if type(count) is int else 1
+
+
+def _with_one_gpu(endpoint_id: str, endpoint: Mapping[str, Any]) -> str:
+    """Return the id of an endpoint as it is now; raise _DeployError if workers have more GPUs."""
+    count = _gpu_count(endpoint)
+    if count > 1:  # guard: one GPU is paid for
+        raise _DeployError(
+            f"Endpoint {endpoint_id} has {count} GPUs per worker, although one was requested and "
+            "a worker uses one: undeploy it, or set one GPU per worker in the console."
+        )
+    return endpoint_id
+
+
 def update_endpoint(
     api: Api,
     endpoint_id: str,
@@ -300,7 +329,11 @@ def update_endpoint(
         )
     env, new_secret = merge_variables(endpoint["env"], updates, removed)
     api.hidden |= secret_parts(env.get(name, "") for name in SECRET_VARIABLES)
-    api.call("PATCH", f"/serverless/{endpoint_id}", {**body, "env": env})
+    updated = api.call("PATCH", f"/serverless/{endpoint_id}", {**body, "env": env})
+    _with_one_gpu(endpoint_id, updated)
+    if (count := _gpu_count(endpoint)) > 1:
+        had = f"Endpoint {endpoint_id} had {count} GPUs per worker"
+        say(f"{had}. A worker uses one, so now it has one", "WARNING")
     return Deployment(endpoint_id, env, new_secret, is_new=False)
 
 # %% ../../nbs/15_deploy.ipynb #create-endpoint
@@ -314,7 +347,8 @@ def create_endpoint(
     attempts = 3
     for attempt in range(attempts):
         try:
-            return id_of(api.call("POST", "/serverless", _create_body(name, body, env)))
+            created = api.call("POST", "/serverless", _create_body(name, body, env))
+            return _with_one_gpu(id_of(created), created)
         except _DeployError as error:
             if attempt == attempts - 1 or not error.unsure:
                 raise
@@ -323,12 +357,6 @@ def create_endpoint(
         if appeared:
             return update_endpoint(api, appeared, body, env).endpoint_id
     raise AssertionError("the last attempt returns or raises")
-
-
-_SOME_KEYS = {  # stand for those that an endpoint may have
-    "EMBEDDING_HMAC_SECRET": "x" * MIN_SECRET_BYTES,
-    "EMBEDDING_HMAC_KEYS": "some:" + "x" * MIN_SECRET_BYTES,
-}
 
 
 def create_or_update(
@@ -363,7 +391,7 @@ def render_request(method: str, url: str, body: Mapping[str, Any] | None = None)
 def render_plan(url: str, name: str, body: Mapping[str, Any], updates: Mapping[str, str]) -> str:
     """Render the requests of a deployment; raise SettingsError."""
     env, _ = merge_variables({}, updates)
-    patch = {**body, "env": {"(those it has)": "(kept)", **updates}}
+    patch = {**body, "env": {**_OF_A_GPU, "(those it has)": "(kept)", **updates}}
     return "\n\n".join([
         render_request("GET", f"{url}/serverless"),
         f"# If no endpoint is named {name}:",

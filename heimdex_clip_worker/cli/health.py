@@ -29,11 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 # %% ../../nbs/13j_health.ipynb #run
+_FINE = ("ready", "standby", "cold")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Say whether the endpoint is ready; raise SettingsError, ClipInferenceError."""
+    """Say whether the endpoint can do a job; raise SettingsError, ClipInferenceError."""
     from heimdex_clip_worker.client import ClipClient
 
     with ClipClient.from_env() as client:
         health = client.health_check()
     print(json.dumps(health) if args.json else _lines(health))
-    return Status.DONE if health["status"] == "ready" else Status.FAILED
+    return Status.DONE if health["status"] in _FINE else Status.FAILED

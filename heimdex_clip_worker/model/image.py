@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,16 +31,35 @@ _log = logging.getLogger("heimdex_clip_worker")
 __all__ = ['pick_device', 'forbid_tf32', 'make_transform', 'run_tower', 'to_vectors', 'Embedder', 'check_choice']
 
 # %% ../../nbs/04_embed.ipynb #pick-device
+def _why_no_cuda() -> str:
+    """Find out, in torch's own words, why it sees no CUDA device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same words, on several lines
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
+            return in_one_line(error)
+    return "torch sees no CUDA device"
+
+
+def _count_gpus() -> int:
+    """Count the GPUs that torch can use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def pick_device(device: str) -> torch.device:
     """Choose the device for auto, cpu, cuda or cuda:N; raise ModelError if it is not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _count_gpus()
     if device == "auto":
         return torch.device("cuda" if count else "cpu")
     chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        cause = f" ({_why_no_cuda()})" if not count else ""
         raise ModelError(
-            f"CLIP_DEVICE={device!r}: torch sees {count} CUDA devices here; "
-            "check the driver and the GPU, or set CLIP_DEVICE to auto"
+            f"CLIP_DEVICE={device!r}: torch sees {count} CUDA devices here{cause}; take another "
+            f"host, or a driver for CUDA {torch.version.cuda}, or set CLIP_DEVICE to cpu"
         )
     return chosen
 
@@ -47,6 +68,28 @@ def forbid_tf32() -> None:
     """Make float32 on CUDA full float32, for the whole process."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+# %% ../../nbs/04_embed.ipynb #gpus-of-the-host
+def gpu_problems(
+    device: str,  # CLIP_DEVICE
+    signs: list[str],  # that this host has a GPU, such as "/dev/nvidia0"
+) -> list[str]:  # one sentence, or none
+    """Say why `auto` must not take the CPU, on a host whose GPU torch cannot use."""
+    if device != "auto" or not signs or _count_gpus():
+        return []
+    return [
+        f"CLIP_DEVICE='auto': this host has a GPU ({', '.join(signs)}) that torch cannot use "
+        f"({_why_no_cuda()}); take another host, or a driver for CUDA {torch.version.cuda}, or set "
+        "CLIP_DEVICE=cpu if a CPU worker is wanted"
+    ]
+
+
+def unused_gpus(device: str) -> str:
+    """Say how many GPUs this process sees beside the one that it uses; "" if there are none."""
+    count = _count_gpus()
+    if count <= device.startswith("cuda"):
+        return ""
+    return f"GPUs visible here: {count}. A worker uses {device} alone; others are paid for and idle"
 
 # %% ../../nbs/04_embed.ipynb #make-transform
 def make_transform(
@@ -60,18 +103,52 @@ def make_transform(
     return image_transform_v2(PreprocessCfg(**config), is_train=False)
 
 # %% ../../nbs/04_embed.ipynb #failures
-_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-_BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert", "ECC error")
+_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|can not) allocate|not enough memory|ALLOC_FAILED"
+    r"|cudaErrorMemoryAllocation|OUT_OF_MEMORY",
+    re.IGNORECASE,
+)
+_BROKEN = re.compile(
+    r"\b(CUDA|HIP|cuDNN|NCCL|NVML|NVRM)[\w ]* error|\bcudaError\w+|\bCUDA_ERROR_\w+"
+    r"|\b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT|CURAND|NVRTC|NCCL)_\w+|\bXid\b"
+    r"|\bhipError\w+|\[CUDA\]|CUDA (failure|initialization)|CUDA-capable device|no CUDA GPUs"
+    r"|no NVIDIA driver|driver (shutting down|version is|on your system)|\bNVML\b|NVLink"
+    r"|device-side assert|ECC error|illegal (memory access|instruction|address)|misaligned address"
+    r"|unspecified launch failure|launch timed out|kernel image|invalid device context"
+    r"|invalid resource handle"
+    r"|GPU (is|has|was|fell|not)\b[\w ]*(lost|off the bus|found)|GPU requires reset",
+    re.IGNORECASE,
+)
+_ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", ())  # not in every version of torch
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """True if torch ran out of memory, on the device or on the host."""
-    return any(sign in str(error) for sign in _MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or bool(_MEMORY.search(str(error)))
 
 
-def _inference_failed(error: RuntimeError) -> InferenceFailed:
-    """Translate what torch raised; fatal if the CUDA context is lost."""
-    lost = not _is_out_of_memory(error) and any(sign in str(error) for sign in _BROKEN)
+def _computes(device: torch.device) -> bool:
+    """True if the device can still add two numbers, or has just no memory for them."""
+    try:
+        return torch.ones(1, device=device).add(1).item() == 2
+    except Exception as error:
+        return _is_out_of_memory(error)
+
+
+def _is_lost(error: Exception, device: torch.device) -> bool:
+    """True if every further call of this process would fail too."""
+    if _is_out_of_memory(error):  # guard: out of memory is not the end
+        return False
+    if isinstance(error, _ACCELERATOR_ERROR):  # guard: an accelerator's own error is fatal
+        return True
+    if _BROKEN.search(str(error)):  # guard: the words of a lost device
+        return True
+    return device.type != "cpu" and not _computes(device)  # guard: a device that computes nothing
+
+
+def _inference_failed(error: Exception, device: str | torch.device = "cpu") -> InferenceFailed:
+    """Translate what torch raised; fatal if the device is lost."""
+    lost = _is_lost(error, torch.device(device))
     return InferenceFailed(detail=in_one_line(error), fatal=lost)
 
 # %% ../../nbs/04_embed.ipynb #move
@@ -111,6 +188,14 @@ def _forward(
         return pooled.float().cpu()
 
 
+def _free_memory(device: str | torch.device) -> None:
+    """Return cached memory to the device; raise InferenceFailed if it is lost."""
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise _inference_failed(error, device) from error
+
+
 def run_tower(
     tower: nn.Module,
     batch: torch.Tensor,  # pixels or tokens, on any device
@@ -121,10 +206,10 @@ def run_tower(
     """Run the tower, in two halves if memory runs out; raise InferenceFailed."""
     try:
         return _forward(tower, batch, device, prepare)
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         if not (halve and len(batch) > 1 and _is_out_of_memory(error)):
-            raise _inference_failed(error) from error
-    torch.cuda.empty_cache()  # after `except`: the error keeps its tensors alive
+            raise _inference_failed(error, device) from error
+    _free_memory(device)  # after `except`: the error keeps its tensors alive
     halves = batch.split((len(batch) + 1) // 2)
     return torch.cat([run_tower(tower, half, device, prepare, halve=False) for half in halves])
 

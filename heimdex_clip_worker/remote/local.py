@@ -191,8 +191,8 @@ class LocalBackend:
         return output_of({"status": "COMPLETED", "output": output})
 
     def health(self, call: Call) -> dict[str, Any]:
-        """Count workers and jobs as the platform does: one worker, ready."""
-        return {"jobs": {}, "workers": {"ready": int(not self.worker.lost)}}
+        """Count workers and jobs as the platform does: one worker, ready unless it is lost."""
+        return {"jobs": {}, "workers": {"unhealthy" if self.worker.lost else "ready": 1}}
 
     def close(self) -> None:
         """Cancel the jobs in flight and end the worker's threads; any thread may call it."""

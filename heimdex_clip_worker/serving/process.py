@@ -14,10 +14,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from .. import settings as environment
 from ..model.image import Embedder
 from .pipeline import Pipeline
 from ..settings import Settings
@@ -37,15 +40,100 @@ def set_up_logging(level: str) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 # %% ../../nbs/05d_process.ipynb #usable-cpus
-def usable_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Count the CPUs that this process may use, by its affinity and its control group."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+def _numbers_in(path: Path) -> list[int]:
+    """Read the whole numbers in a file of a control group; none if it has something else."""
     try:
-        allowed, period = quota.read_text(encoding="ascii").split()
-        return max(1, min(count, round(int(allowed) / int(period))))
-    except (OSError, ValueError):  # no control group, or no quota ("max")
-        return count
+        return [int(word) for word in path.read_text(encoding="ascii").split()]
+    except (OSError, ValueError):  # no such file, no access, "max"
+        return []
+
+
+def _quota(group: Path) -> int | None:  # whole CPUs; None: no quota
+    """Read the quota of CPU time of a control group, of either version."""
+    for numbers in (
+        _numbers_in(group / "cpu.max"),
+        _numbers_in(group / "cpu.cfs_quota_us") + _numbers_in(group / "cpu.cfs_period_us"),
+    ):
+        if len(numbers) == 2 and min(numbers) > 0:  # -1: no quota
+            return numbers[0] // numbers[1]
+    return None
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _own_paths(root: Path) -> dict[int, str]:  # by version of control groups
+    """Read the path of this process's control group for CPU time, in each hierarchy."""
+    paths = {1: "/", 2: "/"}
+    for line in _lines_of(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "cpu" in controllers.split(","):
+            paths[1] = path
+        elif not controllers:
+            paths[2] = path
+    return paths
+
+
+def _mounts(root: Path) -> Iterator[tuple[int, str, str]]:  # version, folder, path of its group
+    """Find where the hierarchies with CPU time are mounted: proc_pid_mountinfo(5), or as usual."""
+    for name in ("cpu", "cpu,cpuacct", "cpuacct,cpu"):
+        yield 1, f"/sys/fs/cgroup/{name}", "/"
+    yield 2, "/sys/fs/cgroup", "/"
+    for line in _lines_of(root / "proc/self/mountinfo"):
+        left, _, right = line.partition(" - ")
+        mount, kind = left.split(), right.split()
+        if len(mount) < 5 or len(kind) < 3:
+            continue
+        if kind[0] == "cgroup2":
+            yield 2, mount[4], mount[3]
+        elif kind[0] == "cgroup" and "cpu" in kind[2].split(","):
+            yield 1, mount[4], mount[3]
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's control groups, and of the groups above them."""
+    paths = _own_paths(root)
+    for version, mounted_at, mounted in _mounts(root):
+        own, top = PurePosixPath("/" + paths[version].lstrip("/")), root / mounted_at.lstrip("/")
+        inner = own.relative_to(mounted if own.is_relative_to(mounted) else "/")
+        if ".." in inner.parts:  # outside what this process sees
+            inner = PurePosixPath()
+        folders = (inner, *inner.parents)  # guard: groups above count
+        yield from (top / folder for folder in folders)
+
+
+def usable_cpus(
+    root: Path = Path("/"),  # of /proc and /sys
+    env: Mapping[str, str] | None = None,  # None: this process's own
+) -> int:
+    """Count the CPUs that this process may use: the least that any limit allows, 1 or more."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
+    if told := environment.platform_count("RUNPOD_CPU_COUNT", env):
+        limits.append(told)
+    quotas = [_quota(group) for group in _groups(root)]
+    limits += [quota for quota in quotas if quota is not None]  # guard: a quota of CPU time
+    return max(1, min(limits))
+
+# %% ../../nbs/05d_process.ipynb #limit-torch-threads
+def limit_torch_threads(cpus: int) -> None:
+    """Let torch use at most `cpus` threads for one operation; call it before the model runs."""
+    if cpus < torch.get_num_threads():
+        torch.set_num_threads(cpus)
+
+# %% ../../nbs/05d_process.ipynb #gpu-signs
+def gpu_signs(
+    root: Path = Path("/"),  # of /dev
+    env: Mapping[str, str] | None = None,  # None: this process's own
+) -> list[str]:
+    """List the signs that this host has a GPU, such as `/dev/nvidia0`."""
+    files = sorted(path.name for path in (root / "dev").glob("nvidia*"))
+    return [*(f"/dev/{name}" for name in files[:1]), *environment.gpu_variables(env)]
 
 # %% ../../nbs/05d_process.ipynb #age-of-the-process
 def age_s() -> float:
@@ -82,6 +170,7 @@ _SWITCH_S = 0.0002  # how long a thread may hold the interpreter lock while othe
 def tune() -> None:
     """Set up memory and threads of the process; call it before anything large is loaded."""
     _limit_heaps()
+    limit_torch_threads(usable_cpus())  # guard: torch heeds the quota
     sys.setswitchinterval(_SWITCH_S)
 
 # %% ../../nbs/05d_process.ipynb #without-cpuinfo

@@ -99,10 +99,12 @@ def read_pairs(pairs: Iterable[str]) -> dict[str, str]:
 # %% ../../nbs/15_deploy.ipynb #merge-variables
 _OF_A_GPU = {"CLIP_DEVICE": "cuda"}  # unless the endpoint or the command says otherwise
 _BY_RUNPOD = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}", re.IGNORECASE)  # inserted at a start
-_SOME_KEYS = {  # stand for those that an endpoint may have
-    "EMBEDDING_HMAC_SECRET": "0" * MIN_SECRET_BYTES,
-    "EMBEDDING_HMAC_KEYS": "some:" + "0" * MIN_SECRET_BYTES,
-}
+
+
+def _some_keys() -> dict[str, str]:
+    """Make variables that stand for the keys that an endpoint may have."""
+    secret = secrets.token_hex(32)
+    return {"EMBEDDING_HMAC_SECRET": secret, "EMBEDDING_HMAC_KEYS": f"some:{secret}"}
 
 
 def merge_variables(
@@ -119,7 +121,8 @@ def merge_variables(
         new_secret = env["EMBEDDING_HMAC_SECRET"] = secrets.token_hex(32)
     by_runpod = {n for n in env.keys() - updates.keys() if _BY_RUNPOD.search(env[n])}
     known = {name: value for name, value in env.items() if name not in by_runpod}
-    Settings.from_env(known | {name: _SOME_KEYS[name] for name in by_runpod & _SOME_KEYS.keys()})
+    inserted = {name: key for name, key in _some_keys().items() if name in by_runpod}
+    Settings.from_env(known | inserted)
     return env, new_secret
 
 # %% ../../nbs/15_deploy.ipynb #deploy-error
@@ -369,8 +372,8 @@ def create_or_update(
     endpoint_id: str | None = None,  # to choose among several of that name
 ) -> Deployment:
     """Create the endpoint, or update the existing one; raise _DeployError, SettingsError."""
-    has_keys = any(updates.get(name) for name in _SOME_KEYS)
-    merge_variables({} if has_keys else _SOME_KEYS, updates)  # checked before anything is sent
+    has_keys = any(updates.get(name) for name in SECRET_VARIABLES)
+    merge_variables({} if has_keys else _some_keys(), updates)  # checked before anything is sent
     existing = find_endpoint(api, name, endpoint_id)
     if existing:
         return update_endpoint(api, existing, body, updates, removed)

@@ -364,10 +364,14 @@ def test_a_ready_endpoint_has_status_0(caller: dict[str, str]) -> None:
     assert json.loads(run("health", "--json", env=caller).stdout)["status"] == "ready"
 
 
-def test_an_endpoint_without_workers_has_status_1(tmp_path: Path) -> None:
+def test_an_endpoint_without_workers_has_status_1_if_jobs_wait(tmp_path: Path) -> None:
     with EmulatorServer() as server:
-        done = run("health", env=plain_env(tmp_path, **server.caller_env()))
-    assert done.returncode == 1 and done.stdout and not done.stdout.startswith("ready")
+        env = plain_env(tmp_path, **server.caller_env())
+        cold = run("health", env=env)
+        server.submit({"text": "a cat"})
+        done = run("health", env=env)
+    assert cold.returncode == 0 and cold.stdout.startswith("cold: "), cold
+    assert done.returncode == 1 and done.stdout.startswith("no workers: "), done
 
 
 def test_no_advice_names_a_template() -> None:

@@ -114,7 +114,8 @@ def test_a_first_run_creates_the_endpoint(api, command):
     assert body["gpu"]["pools"] == list(_GPU_POOLS)
     assert body["gpu"]["excludedTypes"] == list(_EXCLUDED_GPUS)
     assert body["gpu"]["minCudaVersion"] == "12.8"
-    assert body["env"].keys() == {"LOG_LEVEL", VARIABLE} and len(body["env"][VARIABLE]) == 64
+    assert body["env"].keys() == {"LOG_LEVEL", VARIABLE, "CLIP_DEVICE"}
+    assert len(body["env"][VARIABLE]) == 64 and body["env"]["CLIP_DEVICE"] == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_secret_from_the_environment_is_sent_and_not_printed(api, command, mon
     status, out, err = command("--image", IMAGE)
 
     [endpoint] = api.endpoints.values()
-    assert (status, endpoint["env"]) == (0, {VARIABLE: SECRET})
+    assert (status, endpoint["env"]) == (0, {VARIABLE: SECRET, "CLIP_DEVICE": "cuda"})
     assert SECRET not in out + err and KEY not in out + err
 
 
@@ -182,7 +183,58 @@ def test_variables_set_in_the_console_stay_until_they_are_removed(api, command):
     command("--image", IMAGE, "--env", "LOG_LEVEL=DEBUG", "--unset-env", "ALLOW_HTTP")
 
     [endpoint] = api.endpoints.values()
-    assert endpoint["env"] == {VARIABLE: SECRET, "TEAM": "search", "LOG_LEVEL": "DEBUG"}
+    own = {VARIABLE: SECRET, "TEAM": "search"}
+    assert endpoint["env"] == {**own, "LOG_LEVEL": "DEBUG", "CLIP_DEVICE": "cuda"}
+
+
+@pytest.mark.parametrize(
+    "own, words, device",
+    [
+        ({}, [], "cuda"),
+        ({"CLIP_DEVICE": "auto"}, [], "auto"),
+        ({"CLIP_DEVICE": "auto"}, ["--env", "CLIP_DEVICE=cuda:0"], "cuda:0"),
+        ({"CLIP_DEVICE": "auto"}, ["--unset-env", "CLIP_DEVICE"], None),
+    ],
+)
+def test_a_gpu_is_required_unless_somebody_chose_otherwise(api, command, own, words, device):
+    api.add("heimdex-clip", env={VARIABLE: SECRET, **own})
+    assert command("--image", IMAGE, *words)[0] == 0
+    [endpoint] = api.endpoints.values()
+    assert endpoint["env"].get("CLIP_DEVICE") == device
+
+
+def test_an_endpoint_with_several_gpus_for_a_worker_gets_one(api, command):
+    gpu = {"pools": ["ADA_24"], "count": 4, "allowedCudaVersions": []}
+    api.add("heimdex-clip", env={VARIABLE: SECRET}, gpu=gpu)
+    status, _, err = command("--image", IMAGE)
+    [endpoint] = api.endpoints.values()
+    assert (status, endpoint["gpu"]["count"]) == (0, 1)
+    assert "had 4 GPUs per worker" in err
+
+
+@pytest.mark.parametrize("existing", [True, False], ids=["update", "create"])
+def test_several_gpus_for_a_worker_are_not_accepted(api, command, monkeypatch, existing):
+    if existing:
+        api.add("heimdex-clip", env={VARIABLE: SECRET})
+
+    def keep_two(method, path, body):
+        status, reply = RestApi.do(api, method, path, body)
+        if method in ("POST", "PATCH"):
+            reply = {**reply, "gpu": {**reply["gpu"], "count": 2}}
+        return status, reply
+
+    monkeypatch.setattr(api, "do", keep_two)
+    status, out, err = command("--image", IMAGE)
+    assert (status, out) == (1, "") and "has 2 GPUs per worker" in err
+    assert all(body["gpu"]["count"] == 1 for _, _, body in api.changes())
+
+
+def test_a_secret_that_runpod_inserts_is_kept_and_not_checked(api, command):
+    own = {VARIABLE: "{{ RUNPOD_SECRET_clip }}", "EMBEDDING_HMAC_KEYS": "{{RUNPOD_SECRET_keys}}"}
+    api.add("heimdex-clip", env={**own, "MAX_BATCH_SIZE": "{{ RUNPOD_SECRET_batch }}"})
+    status, _, err = command("--image", IMAGE)
+    [endpoint] = api.endpoints.values()
+    assert status == 0 and endpoint["env"].items() >= own.items(), err
 
 
 def test_an_exact_set_of_cuda_versions_is_replaced_by_the_lower_bound(api, command):
@@ -368,6 +420,11 @@ def test_wrong_usage_sends_nothing(api, command, words):
         ("RUNPOD_REST_URL", "http://api.runpod.io/v2"),
         ("RUNPOD_REST_URL", "https://api.runpod.io@evil.example/v2"),
         (VARIABLE, "short"),
+        (VARIABLE, "{{ RUNPOD_SECRET_clip }}"),
+        (VARIABLE, "an-example-secret-of-32-bytes-ok"),
+        ("EMBEDDING_HMAC_KEYS", "2026-11:{{ RUNPOD_SECRET_clip }}"),
+        ("RUNPOD_API_KEY", "{{RUNPOD_SECRET_api}}"),
+        ("RUNPOD_API_KEY", "<your-api-key>"),
         ("EMBEDDING_HMAC_KEYS", "v1:" + SECRET),
     ],
 )
@@ -413,7 +470,8 @@ def test_an_endpoint_with_keys_may_stop_accepting_version_1(api, command, kept):
     status, out, _ = command(*V2_ONLY)
     [(method, _, body)] = api.changes()
     assert (status, method) == (0, "PATCH")
-    assert body["env"] == {KEYS: f"a:{SECRET}", "AUTH_ACCEPT_V1": "false", **kept}
+    expected = {KEYS: f"a:{SECRET}", "AUTH_ACCEPT_V1": "false", "CLIP_DEVICE": "cuda", **kept}
+    assert body["env"] == expected
     assert f"# {KEYS}: one of those that the worker has" in out and SECRET not in out
 
 

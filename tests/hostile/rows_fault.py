@@ -19,6 +19,9 @@ OOM = (
     "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
+    "CUDA driver error: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
 )
 STICKY = (
     "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronous",
@@ -29,6 +32,14 @@ STICKY = (
     "CUDA error: misaligned address",
     "CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDA driver error: unknown error",
+    "no CUDA-capable device is detected",
+    "cudaErrorLaunchFailure: unspecified launch failure",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "NVRM: Xid (PCI:0000:65:00): 79, pid=123, GPU has fallen off the bus.",
+    "NCCL error in: NCCLUtils.hpp:317, unhandled cuda error",
+    "Triton Error [CUDA]: context is destroyed",
+    "CUDA unknown error - this may be due to an incorrectly set up environment",
 )
 
 

@@ -350,17 +350,17 @@ def test_every_published_tag_passes_the_check():
 class Broken(torch.nn.Module):
     """A tower that returns one value, or raises one error."""
 
-    def __init__(self, outcome: float | RuntimeError):
+    def __init__(self, outcome: float | Exception):
         super().__init__()
         self.outcome = outcome
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.outcome, RuntimeError):
+        if isinstance(self.outcome, Exception):
             raise self.outcome
         return torch.full((len(pixels), 4), self.outcome)
 
 
-def failing(outcome: float | RuntimeError) -> Embedder:
+def failing(outcome: float | Exception) -> Embedder:
     transform = embed.make_transform({}, 8)
     return Embedder(Broken(outcome), transform, "fake", "fake", "fixed", 4, 8, "cpu")
 
@@ -383,12 +383,50 @@ def test_a_vector_without_direction_is_never_returned(value, normalize):
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("Expected all tensors to be on the same device, cuda:0 and cpu"), False),
+        (torch.AcceleratorError("something that no list has"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.cuda.DeferredCudaCallError("CUDA call failed lazily with error: x"), True),
+        (RuntimeError("CUDA driver error: invalid argument"), True),
+        (RuntimeError("No CUDA GPUs are available"), True),
+        (RuntimeError("The NVIDIA driver on your system is too old"), True),
+        (RuntimeError("Failed to initialize NVML: Driver/library version mismatch"), True),
     ],
 )
 def test_only_a_lost_device_is_fatal(error, fatal):
     with pytest.raises(InferenceFailed) as caught:
         failing(error).warm_up()
     assert caught.value.fatal is fatal and caught.value.detail.startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize(
+    ("probe", "fatal"),
+    [
+        (None, False),
+        (RuntimeError("words that no list has"), True),
+        (RuntimeError("CUDA out of memory"), False),
+    ],
+)
+def test_a_device_that_computes_nothing_is_lost_whatever_it_said(monkeypatch, probe, fatal):
+    def ones(size: int, device: torch.device) -> torch.Tensor:
+        assert device.type == "cuda"
+        if probe:
+            raise probe
+        return torch.full((size,), 1.0)
+
+    monkeypatch.setattr(embed, "_move", lambda batch, device: batch)
+    monkeypatch.setattr(torch, "ones", ones)
+    pixels = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(InferenceFailed) as caught:
+        embed.run_tower(Broken(RuntimeError("some words of a driver")), pixels, "cuda")
+    assert caught.value.fatal is fatal
+
+
+def test_torch_without_its_accelerator_error_is_served_too(monkeypatch):
+    monkeypatch.setattr(embed, "_ACCELERATOR_ERROR", ())
+    with pytest.raises(InferenceFailed) as caught:
+        failing(RuntimeError("CUDA error: misaligned address")).warm_up()
+    assert caught.value.fatal
 
 
 @pytest.mark.parametrize(("device", "count"), [("cuda:1", 1), ("cpu", 0)])

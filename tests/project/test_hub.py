@@ -8,7 +8,8 @@ import hub
 import pytest
 from rest_api import POOLS as OF_THE_PLATFORM
 
-from heimdex_clip_worker.cli.deploy import _EXCLUDED_GPUS, _GPU_POOLS, _MIN_CUDA
+from heimdex_clip_worker.cli.deploy import _EXCLUDED_GPUS, _GPU_POOLS, _MIN_CUDA, _OF_A_GPU
+from heimdex_clip_worker.errors import SettingsError
 from heimdex_clip_worker.serving.selftest import is_selftest
 from heimdex_clip_worker.settings import VARIABLES, Settings
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.model  # jsonschema comes with JupyterLab, which only t
 
 HUB = json.loads((hub.FOLDER / "hub.json").read_text(encoding="utf-8"))
 TESTS = json.loads((hub.FOLDER / "tests.json").read_text(encoding="utf-8"))
-SECRET = "an-example-secret-of-32-bytes-ok"
+SECRET = "of-these-tests-4f1c9be27d03a856"
 INPUTS = {entry["key"]: entry["input"] for entry in HUB["config"]["env"]}
 
 
@@ -39,7 +40,8 @@ def test_every_variable_is_an_input_unless_the_image_sets_it():
 def test_the_defaults_are_those_of_the_worker():
     secret = {"EMBEDDING_HMAC_SECRET": SECRET}
     env = {k: as_text(i, i["default"]) for k, i in INPUTS.items() if "default" in i}
-    assert Settings.from_env({**env, **secret}) == Settings.from_env(secret)
+    assert Settings.from_env({**env, **secret}) == Settings.from_env({**secret, **_OF_A_GPU})
+    assert INPUTS["CLIP_DEVICE"]["default"] == "cuda"
 
 
 @pytest.mark.parametrize("key", INPUTS)
@@ -79,4 +81,13 @@ def test_the_test_is_the_selftest_and_starts_a_worker():
     [case] = TESTS["tests"]
     assert is_selftest(case["input"])
     env = {entry["key"]: entry["value"] for entry in TESTS["config"]["env"]}
-    assert Settings.from_env(env).selftest == "on"
+    settings = Settings.from_env(env)
+    assert (settings.selftest, settings.device) == ("on", "cuda")
+
+
+def test_the_public_secret_of_the_tests_is_no_secret_elsewhere():
+    env = {entry["key"]: entry["value"] for entry in TESTS["config"]["env"]}
+    del env["ALLOWED_IMAGE_HOSTS"]
+    for change in ({}, {"ALLOWED_IMAGE_HOSTS": "hub-tests.invalid,a.example"}):
+        with pytest.raises(SettingsError, match="is public"):
+            Settings.from_env(env | change)

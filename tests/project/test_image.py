@@ -14,7 +14,7 @@ import pytest
 from test_house import own_imports
 from test_package import LOCKS, PYTHONS, pins
 
-from heimdex_clip_worker.settings import VARIABLES, Settings
+from heimdex_clip_worker.settings import VARIABLES, Settings, gpu_variables
 
 pytestmark = pytest.mark.image
 
@@ -150,10 +150,18 @@ def test_the_arguments_and_variables_are_the_workers_own() -> None:
     assert {k: ours[k] for k in defaults} == {k: variables[k].default for k in defaults}
 
 
+def test_the_image_asks_for_a_driver_of_nvidia() -> None:
+    env = environment()
+    assert env["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert env["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert gpu_variables(env) == []  # the image alone does not make a host one with a GPU
+
+
 def test_a_worker_needs_a_secret_beside_what_the_image_says() -> None:
     env = environment()
     assert not [name for name in env if re.search("SECRET|KEY|TOKEN", name)]
-    settings = Settings.from_env({**env, "EMBEDDING_HMAC_SECRET": "an-example-of-a-secret"})
+    secret = "of-these-tests-4f1c9be27d03a856"
+    settings = Settings.from_env({**env, "EMBEDDING_HMAC_SECRET": secret})
     assert settings.artifact_dir == "/opt/clip" and env["HF_HUB_OFFLINE"] == "1"
 
 

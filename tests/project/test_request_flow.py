@@ -35,7 +35,7 @@ PAGE = (ROOT / "docs" / "how-a-request-flows.md").read_text(encoding="utf-8")
 PACKAGE = str(Path(heimdex_clip_worker.__file__).parent)
 ROWS = re.findall(r"^\| (\d+) \| `([\w.]+)` \| `([\w.]+)` \|", PAGE, re.MULTILINE)
 NAMES = [name for _, name, _ in ROWS]
-SECRET = "an-example-secret-of-32-bytes-ok"
+SECRET = "of-these-tests-4f1c9be27d03a856"
 
 
 class Entered(NamedTuple):

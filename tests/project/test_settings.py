@@ -8,6 +8,7 @@ meant to change.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 from heimdex_clip_worker.errors import SettingsError
 from heimdex_clip_worker.settings import (
     _DEPLOYMENT,
+    _OF_THE_HUB,
+    _PUBLISHED,
     CLIENT_VARIABLES,
     MIN_SECRET_BYTES,
     NEVER_ALLOWED,
@@ -26,7 +29,7 @@ from heimdex_clip_worker.settings import (
     Variable,
 )
 
-SECRET = "an-example-secret-of-32-bytes-ok"
+SECRET = "of-these-tests-4f1c9be27d03a856"
 WORKER = {  # variable -> field, value of its default
     "EMBEDDING_HMAC_SECRET": ("hmac_secret", None),
     "EMBEDDING_HMAC_KEYS": ("hmac_keys", {}),
@@ -109,7 +112,7 @@ WORDS = {
     "LOG_LEVEL": ["DEBUG", "INFO", "WARNING", "ERROR"],
     "CLIP_INFERENCE_BACKEND": ["runpod", "local", "off"],
 }
-KEY = "k" * 16
+KEY = "k9" * 8
 VALUES = [  # variable, text, value
     ("AUTH_ACCEPT_V1", "False", False),
     ("AUTH_ACCEPT_V1", "0", False),
@@ -142,6 +145,11 @@ REFUSED = [
     ("EMBEDDING_HMAC_KEYS", KEY), ("EMBEDDING_HMAC_KEYS", f"v1:{KEY}"),
     ("EMBEDDING_HMAC_KEYS", f"a:{KEY},a:{KEY}"), ("EMBEDDING_HMAC_KEYS", f"a b:{KEY}"),
     ("EMBEDDING_HMAC_KEYS", "a:short"), ("EMBEDDING_HMAC_KEYS", f"{'a' * 65}:{KEY}"),
+    ("EMBEDDING_HMAC_SECRET", "k" * 32), ("EMBEDDING_HMAC_SECRET", "change_me_change_me"),
+    ("EMBEDDING_HMAC_SECRET", "your-secret-of-32-bytes"),
+    ("EMBEDDING_HMAC_SECRET", "an-Example-of-16-bytes"),
+    ("EMBEDDING_HMAC_KEYS", "a:<your own secret>"),
+    ("EMBEDDING_HMAC_KEYS", f"b:{KEY},a:{'x' * 16}"),
     ("AUTH_AUDIENCE", ""), ("AUTH_AUDIENCE", "a b"), ("AUTH_AUDIENCE", "a" * 129),
     ("AUTH_TIME_WINDOW_SECONDS", "1.5"), ("AUTH_TIME_WINDOW_SECONDS", "nan"),
     ("IMAGE_DOWNLOAD_TIMEOUT", "nan"), ("IMAGE_DOWNLOAD_TIMEOUT", "inf"),
@@ -306,9 +314,91 @@ def test_a_worker_without_a_key_that_a_caller_can_use_is_refused(env, missing) -
     assert problem.startswith(f"{missing} is missing") and SECRET not in problem
 
 
+TEMPLATES = [
+    "{{ RUNPOD_SECRET_clip }}", "{{RUNPOD_SECRET_clip}}", "{{  runpod_secret_CLIP }}",
+    "{{ secrets.CLIP_SECRET }}", "${CLIP_SECRET}", "${CLIP_SECRET:-no}", "$CLIP_SECRET_OF_OURS",
+    "$(openssl rand -hex 32)", "<your-secret-of-32-bytes>", "[your-secret-of-32-bytes]",
+    "%CLIP_SECRET_OF_OURS%", "RUNPOD_SECRET_clip", "rpa_LOCAL0123456789...",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEMPLATES)
+def test_a_template_that_was_not_filled_in_is_refused_by_name(text: str) -> None:
+    both = (Settings, ClientSettings)
+    for name, value, kinds in (
+        ("EMBEDDING_HMAC_SECRET", text, both),
+        ("EMBEDDING_HMAC_KEYS", f"b:{KEY}, a:{text}", both),
+        ("AUTH_AUDIENCE", text, both),
+        ("RUNPOD_API_KEY", text, (ClientSettings, DeploySettings)),
+    ):
+        for settings in kinds:
+            [problem] = read(settings, NEEDED | {name: value})
+            assert re.match(rf"{name}\b.*(did not replace|was never replaced)", problem), problem
+
+
+def test_a_name_of_runpods_is_told_and_nothing_else_that_is_in_braces() -> None:
+    [problem] = read(Settings, {"EMBEDDING_HMAC_SECRET": "{{ RUNPOD_SECRET_clip }}"})
+    assert "{{ RUNPOD_SECRET_clip }}" in problem
+    for text in (f"{{{{ {KEY} }}}}", f"${{a{KEY}}}", f"<{KEY}>", f"{KEY}..."):
+        [problem] = read(Settings, {"EMBEDDING_HMAC_SECRET": text})
+        assert KEY not in problem and "placeholder" in problem
+
+
+@pytest.mark.parametrize("text", [*_PUBLISHED, _OF_THE_HUB])
+def test_a_published_secret_is_refused_and_not_repeated(text: str) -> None:
+    for env in (
+        {"EMBEDDING_HMAC_SECRET": text},
+        {"EMBEDDING_HMAC_SECRET": SECRET, "EMBEDDING_HMAC_KEYS": f"b:{KEY},a:{text}"},
+    ):
+        for settings in (Settings, ClientSettings):
+            [problem] = read(settings, NEEDED | env)
+            assert re.search("documents show|is public", problem) and text not in problem
+
+
+ROOT = Path(__file__).resolve().parents[2]
+LITERALS = [  # where a document can show a secret
+    r"EMBEDDING_HMAC_\w+[\"']?\s*[=:,]+\s*f?[\"']?([^\s\"',)`]+)",
+    r"\b(?:secret|SECRET|OLD|NEW|KEY\w*) = [\"']([^\"']+)",
+    r"(?:_secret|parse_keys)\(f?[\"']([^\"']+)",
+    r"EMBEDDING_HMAC_\w+\",\s*\"value\": \"([^\"]+)",
+    r"\"\w*secret\": \"([^\"]+)",
+]
+
+
+def shown_secrets() -> dict[str, str]:
+    """Collect what documents show as a secret, with the document that shows it."""
+    files = [ROOT / "README.md", ROOT / "test_vectors.json", *(ROOT / "docs").rglob("*.md")]
+    files += [*(ROOT / ".runpod").glob("*.json"), *(ROOT / ".github").rglob("*.yml")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    vectors = json.loads(texts["test_vectors.json"])
+    texts["test_vectors.json"] = json.dumps(vectors, ensure_ascii=False)
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts[path.name] = "\n".join("".join(cell["source"]) for cell in cells)
+    return {
+        part.rpartition(":")[2].strip(): name
+        for name, text in texts.items()
+        for pattern in LITERALS
+        for match in re.findall(pattern, text)
+        for part in match.split(",")
+        if not re.fullmatch(r"[A-Z_]+", part)  # a variable's name
+    }
+
+
+def test_no_document_shows_a_secret_that_would_be_accepted() -> None:
+    shown = shown_secrets()
+    assert _OF_THE_HUB in shown and "example-secret-of-version-one" in shown  # it finds them
+    accepted = {}
+    for text, name in shown.items():
+        try:
+            accepted[ALL["EMBEDDING_HMAC_SECRET"].parse(text)] = name
+        except ValueError:
+            continue
+    assert accepted == {_OF_THE_HUB: "tests.json"}  # see `_check_hub_secret`
+
+
 def test_the_documents_keep_files_of_secrets_from_other_users() -> None:
-    root = Path(__file__).resolve().parents[2]
-    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     writing = [block for block in blocks if re.search(r"> *\S+\.env\b", block)]

@@ -434,7 +434,7 @@ def test_the_tag_must_equal_the_version(tmp_path):
 def test_the_image_is_started_with_a_job_that_can_fail(tmp_path, switch, status):
     [words] = [words for _, step in STEPS for words in code(step) if "--test_input" in words]
     job = words[words.index("--test_input") :]
-    env = {"EMBEDDING_HMAC_SECRET": "an-example-secret-of-32-bytes-ok", "CLIP_SELFTEST": switch}
+    env = {"EMBEDDING_HMAC_SECRET": "of-these-tests-4f1c9be27d03a856", "CLIP_SELFTEST": switch}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "fake_worker.py"), *job],
         env=plain_env(tmp_path, **env), cwd=tmp_path, capture_output=True, timeout=60,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from local_worker import (
     FAKE,
     HANDLER,
@@ -397,6 +398,28 @@ def test_no_start_with_wrong_settings_and_each_of_them_is_named(platform, tmp_pa
     for name, value in wrong.items():
         assert [name in line and value in line for line in lines].count(True) == 1, (name, lines)
     assert platform.queue.calls["job-take"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "sign", [{"RUNPOD_GPU_COUNT": "1"}, {"NVIDIA_VISIBLE_DEVICES": "GPU-5c1d2e3f-0a1b"}]
+)
+def test_no_start_on_the_cpu_of_a_host_that_has_a_gpu(platform, tmp_path, sign):
+    env = plain_env(tmp_path, **platform.worker_env(), **hub_env(tmp_path), **sign)
+    [line] = refusal(env, *HANDLER)
+    assert line.startswith("[ERROR] Cannot start: CLIP_DEVICE='auto': this host has a GPU")
+    [(name, value)] = sign.items()
+    assert f"({name}={value})" in line and "CLIP_DEVICE=cpu if a CPU worker is wanted" in line
+    assert re.search(r"torch cannot use \((RuntimeError|AssertionError): \w+", line), line
+    assert platform.queue.calls["job-take"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_required_gpu_that_is_not_there_is_told_with_its_cause(platform, tmp_path):
+    more = hub_env(tmp_path) | {"CLIP_DEVICE": "cuda"}
+    [line] = refusal(plain_env(tmp_path, **platform.worker_env(), **more), *HANDLER)
+    assert "CLIP_DEVICE='cuda': torch sees 0 CUDA devices here (" in line
+    assert re.search(r"\((RuntimeError|AssertionError): \w+", line), line
 
 
 def test_no_start_without_weights(platform, tmp_path):

@@ -322,7 +322,7 @@ TEMPLATES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", TEMPLATES)
+@pytest.mark.parametrize("text", TEMPLATES, ids=lambda text: re.sub(r"\W+", "-", text))
 def test_a_template_that_was_not_filled_in_is_refused_by_name(text: str) -> None:
     both = (Settings, ClientSettings)
     for name, value, kinds in (

@@ -321,7 +321,11 @@ def _load(settings: Settings) -> Worker:
     """Build a worker, and log that it is loaded; raise ModelError."""
     start = time.perf_counter()
     _log.info("Loading %s (%s)", settings.model_name, settings.pretrained)
-    worker = build(settings)
+    try:
+        worker = build(settings)
+    except errors.InferenceFailed as error:  # guard: a device that fails at the start is told
+        problem = f"CLIP_DEVICE={settings.device!r}: the model does not run here ({error.detail})"
+        raise errors.ModelError(f"{problem}: take another host") from error
     embedder = worker.pipeline.embedder
     _log.info(
         "Loaded %s (%s, %s) on %s in %.1fs",

@@ -91,7 +91,7 @@ TESTS = {
     "serving.png": [f"{H}image_rows.py", f"{S}decode.py"],
     "serving.selftest": [f"{H}selftest_rows.py", f"{H}payload_rows.py"],
     "serving.watchdog": [f"{S}watchdog.py", f"{H}fault_rows.py"],
-    "serving.process": [f"{S}production_loop.py", "nbs/13k_worker.ipynb"],
+    "serving.process": [f"{S}host.py", f"{S}production_loop.py", "nbs/13k_worker.ipynb"],
     "serving": [f"{H}fault_rows.py", f"{H}many_rows.py", "nbs/06_handler.ipynb"],
     "model.photos": ["tests/model/test_preprocess.py"],
     "model.preprocess": ["tests/model/test_preprocess.py", f"{S}decode.py", f"{H}image_rows.py"],

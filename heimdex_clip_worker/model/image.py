@@ -151,6 +151,17 @@ def _inference_failed(error: Exception, device: str | torch.device = "cpu") -> I
     lost = _is_lost(error, torch.device(device))
     return InferenceFailed(detail=in_one_line(error), fatal=lost)
 
+# %% ../../nbs/04_embed.ipynb #to-device
+_FAILURES = (RuntimeError, torch.cuda.DeferredCudaCallError)  # that torch raises on a device
+
+
+def to_device(tower: nn.Module, device: str | torch.device) -> nn.Module:
+    """Move a tower to the device; raise InferenceFailed."""
+    try:
+        return tower.to(device)
+    except _FAILURES as error:
+        raise _inference_failed(error, device) from error
+
 # %% ../../nbs/04_embed.ipynb #move
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
@@ -192,7 +203,7 @@ def _free_memory(device: str | torch.device) -> None:
     """Return cached memory to the device; raise InferenceFailed if it is lost."""
     try:
         torch.cuda.empty_cache()
-    except RuntimeError as error:
+    except _FAILURES as error:
         raise _inference_failed(error, device) from error
 
 
@@ -206,7 +217,7 @@ def run_tower(
     """Run the tower, in two halves if memory runs out; raise InferenceFailed."""
     try:
         return _forward(tower, batch, device, prepare)
-    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+    except _FAILURES as error:
         if not (halve and len(batch) > 1 and _is_out_of_memory(error)):
             raise _inference_failed(error, device) from error
     _free_memory(device)  # after `except`: the error keeps its tensors alive
@@ -360,7 +371,7 @@ def _from_artifact(
     """Build the embedder of an artifact."""
     manifest = source.manifest
     return Embedder(
-        tower=tower.to(device),
+        tower=to_device(tower, device),
         transform=None,
         model_name=manifest.model_name,
         pretrained=manifest.name,
@@ -405,7 +416,7 @@ def _in_float32(loaded: Loaded, device: torch.device) -> Embedder:
     """Build the embedder of open_clip's own tower, with its golden vectors if it takes squares."""
     preparation, size = artifact.preparation_of(loaded), loaded.tower.image_size
     embedder = Embedder(
-        tower=loaded.tower.to(device),
+        tower=to_device(loaded.tower, device),
         transform=make_transform(loaded.weights.facts, size),
         model_name=loaded.model_name,
         pretrained=loaded.weights.name,

@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import ModelError, NoTextTower
 from . import golden, weights
 from .artifact import prove_text
-from .image import Embedder, run_tower
+from .image import Embedder, run_tower, to_device
 from .tower import TextTower
 
 # %% auto #0
@@ -159,17 +159,17 @@ class TextEmbedder:
 
     @classmethod
     def load(cls, embedder: Embedder) -> TextEmbedder:
-        """Load the text embedder of an embedder's space; raise ModelError, NoTextTower."""
+        """Load the text embedder of an embedder's space; raise ModelError, InferenceFailed."""
         device, pair = embedder.device, _from_artifact(embedder)
         if pair is None:
             loaded = weights.load_model(*embedder.load_arguments)
             pair = _from_checkpoint(loaded, embedder.precision)
         if pair is None:
             tower, length = _through_open_clip(loaded)
-            return cls(tower.to(device), Tokenizer(length).tokenize, device, embedder.dim)
+            return cls(to_device(tower, device), Tokenizer(length).tokenize, device, embedder.dim)
         tower, row = pair
         tokenize = Tokenizer(tower.shape.context_length).tokenize
-        texts = cls(tower.to(device), tokenize, device, embedder.dim)
+        texts = cls(to_device(tower, device), tokenize, device, embedder.dim)
         texts._check(row, embedder.precision)
         return texts
 

@@ -274,6 +274,7 @@ HANDLER = [
     ("a lost device ends the worker", SKIP),
     ("a device lost in one item ends the worker", NEVER),
     ("jobs are answered before the process ends", SKIP),
+    ("a device that fails at the start is told", (r"errors\.InferenceFailed", "ZeroDivisionError")),
     ("idle GPUs are told", NEVER),
     ("a GPU host has a GPU", (r", _host_problems", "")),
 ]

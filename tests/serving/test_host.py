@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from heimdex_clip_worker import handler
+from heimdex_clip_worker.errors import InferenceFailed, ModelError
 from heimdex_clip_worker.model import image
 from heimdex_clip_worker.serving import process
 
@@ -155,6 +156,18 @@ def test_the_log_says_which_gpus_are_idle(monkeypatch, caplog, count, device, to
     lines = [r.getMessage() for r in caplog.records if "GPUs visible" in r.getMessage()]
     expected = f"GPUs visible here: {count}. A worker uses {device} alone"
     assert [line.partition(";")[0] for line in lines] == [expected] * told
+
+
+def test_a_device_that_fails_at_the_start_is_told_in_one_line(monkeypatch) -> None:
+    def build(settings: object) -> None:
+        raise InferenceFailed(detail="RuntimeError: CUDA error: out of memory")
+
+    monkeypatch.setattr(handler, "build", build)
+    with pytest.raises(ModelError) as caught:
+        handler._load(SimpleNamespace(model_name="m", pretrained="p", device="cuda"))
+    cause = "RuntimeError: CUDA error: out of memory"
+    line = f"CLIP_DEVICE='cuda': the model does not run here ({cause}): take another host"
+    assert str(caught.value) == line
 
 
 def test_a_device_file_is_a_sign_of_a_gpu(tmp_path: Path, monkeypatch) -> None:

@@ -15,8 +15,10 @@ import torch
 from fake_worker import FakeEmbedder, mean_and_size
 
 from heimdex_clip_worker.errors import InferenceFailed
+from heimdex_clip_worker.handler import Worker
 from heimdex_clip_worker.model.image import Embedder
 from heimdex_clip_worker.serving.batcher import Batcher
+from heimdex_clip_worker.serving.pipeline import Pipeline, Vector
 from heimdex_clip_worker.serving.watchdog import Watchdog
 
 pytestmark = pytest.mark.model
@@ -206,7 +208,33 @@ def test_a_batch_on_a_lost_device_is_not_retried():
     assert sizes == [8]
 
 
+class Leaving(Pipeline):
+    """A pipeline that exits, on the event loop, for a URL that ends with `exit`."""
+
+    async def embed_url(self, url: str, *args: object, **options: object) -> Vector:
+        if url.endswith("exit"):
+            raise SystemExit(1)
+        return await super().embed_url(url, *args, **options)
+
+
+def leaving_worker() -> Worker:
+    """Make a worker with such a pipeline."""
+    worker = stand.make_worker(KIT, stand.Canned(stand.photo()))
+    worker.pipeline.__class__ = Leaving
+    return worker
+
+
 def test_system_exit_on_the_event_loop_stays_in_its_job():
+    async def two() -> list[dict]:
+        async with stand.running(leaving_worker()) as worker:
+            names = ("exit", "a")
+            jobs = [KIT.v2({"image_url": f"https://images.example/{name}"}) for name in names]
+            return [await worker.handle({"input": job}) for job in jobs]
+
+    assert [stand.code_of(reply) for reply in asyncio.run(two())] == ["INTERNAL", "OK"]
+
+
+def test_system_exit_in_a_download_stays_in_its_job():
     async def leave() -> None:
         raise SystemExit(1)
 
@@ -221,15 +249,9 @@ def test_system_exit_on_the_event_loop_stays_in_its_job():
 
 
 def test_system_exit_on_the_event_loop_stays_in_its_item():
-    class Mixed(stand.Canned):
-        async def fetch(self, url: str) -> bytes:
-            if url.endswith("exit"):
-                raise SystemExit(1)
-            return self.data
-
     async def many() -> dict:
         images = [{"image_url": f"https://images.example/{name}"} for name in ("a", "exit", "b")]
-        async with stand.running(stand.make_worker(KIT, Mixed(stand.photo()))) as worker:
+        async with stand.running(leaving_worker()) as worker:
             return await worker.handle({"input": KIT.v2({"images": images})})
 
     results = asyncio.run(many())["results"]

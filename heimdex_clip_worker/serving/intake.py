@@ -24,8 +24,8 @@ def _size_of(
     return max([1, *map(len, lists)])
 
 # %% ../../nbs/05ca_intake.ipynb #intake-itself
-_HELD_S = 0.05  # between two looks at the images in hand
-_BEGIN_S = 10.0  # a job that was taken longer ago and has not begun is not in hand
+_HELD_S = 0.02  # between two looks at what is in hand
+_BEGIN_S = 3.0  # a job that was taken longer ago and has not begun is not in hand
 
 
 class Intake:
@@ -59,6 +59,10 @@ class Intake:
     ) -> list[dict[str, Any]] | None:  # None: no jobs now
         """Take some jobs, or none while there are enough images in hand."""
         room = self.most - self.in_hand()
+        # guard: jobs begin before the SDK seems full
+        if self.waiting and limit <= 2 * self.most_jobs:
+            await asyncio.sleep(_HELD_S)
+            return None
         if room <= 0:  # guard: images in hand are bounded
             await asyncio.sleep(_HELD_S)
             return None

@@ -259,6 +259,7 @@ PIPELINE = [
     ("jobs take turns with texts", (r"async with .*:", "if True:")),
 ]
 INTAKE = [
+    ("jobs begin before the SDK seems full", NEVER),
     ("images in hand are bounded", NEVER),
     ("jobs are as large as those before", (r"= .*", "= limit")),
     ("large jobs come in a handful", SKIP),

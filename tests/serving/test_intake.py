@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from local_worker import FAKE, SECRET, WorkerProcess, plain_env, signed
 
 from heimdex_clip_worker.auth import new_nonce, sign_v2
 from heimdex_clip_worker.emulator.server import EmulatorServer
+from heimdex_clip_worker.serving.intake import Intake
 
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.server]
 
@@ -137,3 +140,39 @@ def test_the_sdk_asks_for_jobs_with_the_function_that_is_wrapped(monkeypatch):
 
     monkeypatch.setattr(rp_scale, "get_job", another)
     assert rp_scale.JobScaler({}).jobs_fetcher is another
+
+
+def test_the_sdks_loop_never_believes_that_it_is_full_of_small_jobs(monkeypatch):
+    """It counts a job twice until the job begins, and sleeps for a second when it seems full."""
+    from runpod.serverless.modules import rp_scale
+
+    queue = [{"id": f"job-{n}", "input": {}} for n in range(200)]
+    answered, sleeps, sleep = [], [], asyncio.sleep
+
+    async def fetch(session, limit):
+        await sleep(0)
+        return [queue.pop() for _ in range(min(limit, len(queue)))]
+
+    async def reply_to(job):
+        await sleep(0.01)
+        answered.append(job["id"])
+        return {}
+
+    async def note(delay_s):
+        sleeps.append(delay_s)
+        await sleep(min(delay_s, 0.05))
+
+    async def run():
+        scaler = rp_scale.JobScaler({"concurrency_modifier": lambda _: 64})
+        scaler.jobs_fetcher = partial(intake.take, fetch)
+        scaler.jobs_handler = lambda session, config, job: intake.handle(job)
+        loops = asyncio.gather(scaler.get_jobs(None), scaler.run_jobs(None))
+        while len(answered) < 200:
+            await sleep(0.01)
+        scaler.kill_worker()
+        await loops
+
+    intake = Intake(reply_to, lambda: 0, most=128, most_jobs=8)
+    monkeypatch.setattr(asyncio, "sleep", note)
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert len(set(answered)) == 200 and max(sleeps) < 1

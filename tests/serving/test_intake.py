@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from local_worker import FAKE, SECRET, WorkerProcess, plain_env, signed
 
 from heimdex_clip_worker.auth import new_nonce, sign_v2
-from heimdex_clip_worker.emulator.server import EmulatorServer
+from heimdex_clip_worker.emulator.server import Emulator, EmulatorServer
 from heimdex_clip_worker.serving.intake import Intake
 
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.server]
@@ -94,6 +95,20 @@ def test_a_worker_has_no_more_large_jobs_in_hand_than_it_needs(tmp_path, photos)
         }  # fmt: skip
         photos.release()
         assert {state["status"] for state in platform.wait(jobs, 30)} == {"COMPLETED"}
+
+
+def test_the_scaler_sees_the_jobs_that_a_worker_leaves_in_the_queue(tmp_path, photos):
+    """What a worker has taken does not wait, so no other worker would be started for it."""
+    photos.hold()
+    scaling = {"workers": 3, "workers_min": 1, "scaler": "QUEUE_DELAY", "scaler_value": 0.5}
+    options = {"command": [sys.executable, FAKE], "env": plain_env(tmp_path), "grace_s": 1}
+    with Emulator(**scaling, **options) as platform:
+        platform.wait_ready(START_S)
+        for _ in range(8):
+            platform.submit(of_many(f"{photos.url}/held/tiny.png", 128))
+        platform.until(lambda _: len(platform.processes) == 3, 10, "three workers are started")
+        assert len(platform.queue.workers["pod-1"].jobs) == 1
+        photos.release()
 
 
 def test_64_jobs_of_one_image_are_in_hand_at_once(tmp_path, photos):

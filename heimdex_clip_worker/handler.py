@@ -192,12 +192,11 @@ class Worker:
             else:
                 request = self.authenticator.authenticate(job_input, request_id)
                 _log_request(request, self.space.model)
+                embed = self.embed_items if request.many else self.embed_item
+                item = () if request.many else request.items
                 self._unfinished[id(request)] = len(request.items)
                 try:
-                    if request.many:
-                        reply = await self.embed_items(request)
-                    else:
-                        reply = await self.embed_item(request, request.items[0])
+                    reply = await embed(request, *item)
                 finally:
                     del self._unfinished[id(request)]
             _ensure_json_serializable(reply)  # guard: replies are JSON

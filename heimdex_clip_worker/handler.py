@@ -35,6 +35,7 @@ from .serving import process
 from .serving.batcher import largest_batch
 from .serving.decode import PixelLimits
 from .serving.download import AddressPolicy, Fetcher, FetchLimits
+from .serving.intake import Intake
 from .serving.pipeline import Pipeline, Vector
 from .serving.selftest import Selftest, is_selftest
 from .settings import Settings
@@ -168,6 +169,11 @@ class Worker:
         self.lost = False  # True once the device is lost
         self._tasks: set[asyncio.Task[Any] | None] = set()  # of the jobs in hand
         pipeline.watchdog.on_lost = self._abandon
+        self._unfinished: dict[int, int] = {}  # items without a result, by request
+
+    def images_in_hand(self) -> int:
+        """Count the images, and texts, without a result, of all jobs that have begun."""
+        return sum(self._unfinished.values())
 
     async def handle(
         self,
@@ -186,10 +192,13 @@ class Worker:
             else:
                 request = self.authenticator.authenticate(job_input, request_id)
                 _log_request(request, self.space.model)
-                if request.many:
-                    reply = await self.embed_items(request)
-                else:
-                    reply = await self.embed_item(request, request.items[0])
+                embed = self.embed_items if request.many else self.embed_item
+                item = () if request.many else request.items
+                self._unfinished[id(request)] = len(request.items)
+                try:
+                    reply = await embed(request, *item)
+                finally:
+                    del self._unfinished[id(request)]
             _ensure_json_serializable(reply)  # guard: replies are JSON
         except asyncio.CancelledError:
             if not self.pipeline.watchdog.lost:
@@ -218,7 +227,11 @@ class Worker:
             raise item.fault
         is_text = request.form in contract.TEXTS
         embed = self.pipeline.embed_text if is_text else self.pipeline.embed_url
-        vector = await embed(item.source, item.normalize, job=id(request))
+        try:
+            vector = await embed(item.source, item.normalize, job=id(request))
+        finally:
+            if id(request) in self._unfinished:  # else its job has ended: it was cancelled
+                self._unfinished[id(request)] -= 1
         _log_vector(vector, item.request_id, logging.DEBUG if request.many else logging.INFO)
         return contract.success_reply(
             item,
@@ -337,6 +350,13 @@ def _load(settings: Settings) -> Worker:
     return worker
 
 
+def _intake(worker: Worker, settings: Settings) -> Intake:
+    """Make the intake of a worker."""
+    jobs = settings.max_concurrency
+    most = settings.max_images_in_hand or max(2 * worker.pipeline.in_flight, jobs)
+    return Intake(worker.handle, worker.images_in_hand, most=most, most_jobs=max(1, jobs // 8))
+
+
 def main() -> None:
     """Run the worker; exit with status 1 and one clear line for each problem when it cannot."""
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -359,7 +379,7 @@ def main() -> None:
     sdk.result()
     sdk_wait_s = time.perf_counter() - start - load_s
     spent_s = {"import": import_s, "load": load_s, "SDK": sdk_wait_s}
-    process.serve(worker.handle, worker.pipeline, settings, spent_s)
+    process.serve(_intake(worker, settings), worker.pipeline, settings, spent_s)
 
 # %% ../nbs/06_handler.ipynb #as-a-program
 if __name__ == "__main__" and "__file__" in globals():

@@ -3,12 +3,14 @@
 A vector here is the photograph's mean colour and size, so that replies that are mixed up show.
 Two photographs are poison: on `rocket.jpg` (220 wide) the model fails, on `hubble.jpg` (353 wide)
 it raises SystemExit. `FAKE_EMBEDDER=nan` makes every vector NaN; `FAKE_DIM=256` gives it another
-length; `FAKE_AUTH=off` accepts every signature.
+length; `FAKE_AUTH=off` accepts every signature; with `FAKE_IMAGE_S=0.01` the model takes so many
+seconds for each image of a batch, without using a CPU.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class FakeEmbedder(Embedder):
             raise RuntimeError("the fake model fails on this photograph")
         if 353 in pixels[:, 3]:
             raise SystemExit(3)
+        time.sleep(len(pixels) * float(os.environ.get("FAKE_IMAGE_S", "0")))
         if os.environ.get("FAKE_EMBEDDER") == "nan":
             pixels = pixels * float("nan")
         return torch.nn.functional.pad(pixels, (0, self.dim - pixels.shape[1]))

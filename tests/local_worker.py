@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import math
 import os
 import re
@@ -80,6 +82,14 @@ def fake_vector(name: str) -> list[float]:
         rgb = image.convert("RGB")
         row = [*ImageStat.Stat(rgb).mean, *rgb.size]
     return [value / math.hypot(*row) for value in row]
+
+
+@functools.cache
+def tiny_png() -> bytes:
+    """Make the file of an image of 8 x 8 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(file, "png")
+    return file.getvalue()
 
 
 class WorkerProcess:
@@ -236,7 +246,8 @@ class PhotoServer:
 
     `/photos/NAME` a photograph; `/held/NAME` the same after `release()`; `/missing` 404;
     `/status/NNN` that status; `/page` HTML; `/truncated.jpg` half a JPEG; `/endless` a body that
-    drips until the server closes; `/large.jpg` `large_bytes` bytes. Query strings are ignored.
+    drips until the server closes; `/large.jpg` `large_bytes` bytes; `/tiny.png` and
+    `/held/tiny.png` a PNG of 8 x 8 pixels. Query strings are ignored.
     """
 
     def __init__(self, large_bytes: int = 300_000):
@@ -293,6 +304,8 @@ class PhotoServer:
         kind, _, name = path.lstrip("/").partition("/")
         if kind == "held":
             self._open.wait(60)
+        if path.endswith("tiny.png"):
+            return self._send(request, 200, tiny_png(), "image/png")
         if kind in ("photos", "held"):
             return self._send(request, 200, (PHOTOS / Path(name).name).read_bytes())
         if kind == "truncated.jpg":

@@ -31,6 +31,8 @@ __all__ = ['add_arguments', 'run', 'add_undeploy_arguments', 'run_undeploy']
 _GPU_POOLS = ("ADA_24", "ADA_48_PRO", "AMPERE_80")
 _EXCLUDED_GPUS = ("NVIDIA L40", "NVIDIA RTX 6000 Ada Generation")  # the rest of ADA_48_PRO
 _MIN_CUDA = "12.8"  # of the torch build that settings.ini pins
+_SCALERS = {"QUEUE_DELAY": "queueDelay", "REQUEST_COUNT": "requestCount"}  # and their field
+_SCALER_VALUE, _IDLE_S = 4, 30  # the defaults
 
 
 def configuration(
@@ -40,9 +42,10 @@ def configuration(
     excluded: Iterable[str] | None = None,  # types in those pools; None: _EXCLUDED_GPUS
     workers_min: int = 0,
     workers_max: int = 3,
-    idle_s: int = 30,
-    execution_s: int = 60,
-    queue_delay_s: float = 4,
+    idle_s: int | None = None,  # None: 30 s with QUEUE_DELAY; REQUEST_COUNT has no idle timeout
+    execution_s: int = 300,
+    scaler: str = "QUEUE_DELAY",  # or REQUEST_COUNT
+    scaler_value: int | None = None,  # seconds that a job waits, or jobs for each worker; None: 4
     disk_gb: int = 20,
     registry: str | None = None,  # id of a registry credential; None: a public image
     data_centers: Iterable[str] | None = None,  # None: any
@@ -52,12 +55,16 @@ def configuration(
     if excluded is None:
         excluded = _EXCLUDED_GPUS if "ADA_48_PRO" in gpu["pools"] else ()
     excluded = list(excluded)
+    workers = {"min": workers_min, "max": workers_max}
+    if scaler == "QUEUE_DELAY":
+        workers["idleTimeout"] = idle_s or _IDLE_S
+    name, value = _SCALERS[scaler], scaler_value or _SCALER_VALUE
     body = {
         "image": image,
         "disk": disk_gb,
         "gpu": {**gpu, "excludedTypes": excluded} if excluded else gpu,
-        "workers": {"min": workers_min, "max": workers_max, "idleTimeout": idle_s},
-        "scaling": {"type": "QUEUE_DELAY", "queueDelay": queue_delay_s},
+        "workers": workers,
+        "scaling": {"type": scaler, name: value},
         "timeout": 1000 * execution_s,  # milliseconds
         "flashboot": "FLASHBOOT",
     }
@@ -474,16 +481,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-pools", type=comma_separated, default=pools, metavar="IDS", help="(%(default)s)")
     help = f"types not to take from those pools (with ADA_48_PRO: {excluded})"
     add("--gpu-exclude", type=comma_separated, metavar="TYPES", help=help)
-    for option, low, high, default, metavar in (
-        ("--workers-min", 0, 100, 0, "N"),
-        ("--workers-max", 0, 1000, 3, "N"),
-        ("--idle", 1, 3600, 30, "SECONDS"),
-        ("--execution", 5, 604_800, 60, "SECONDS"),
-        ("--queue-delay", 1, 3600, 4, "SECONDS"),
-        ("--disk", 5, 1000, 20, "GB"),
+    add("--scaler", choices=tuple(_SCALERS), default="QUEUE_DELAY", help="(%(default)s)")
+    each = f"seconds that a job waits, or jobs for each worker ({_SCALER_VALUE})"
+    for option, low, high, default, metavar, help in (
+        ("--scaler-value", 1, 3600, None, "N", each),
+        ("--queue-delay", 1, 3600, None, "SECONDS", "the same, with QUEUE_DELAY"),
+        ("--workers-min", 0, 100, 0, "N", "(%(default)s)"),
+        ("--workers-max", 0, 1000, 3, "N", "(%(default)s)"),
+        ("--idle", 1, 3600, None, "SECONDS", f"({_IDLE_S}; none with REQUEST_COUNT)"),
+        ("--execution", 5, 604_800, 300, "SECONDS", "(%(default)s)"),
+        ("--disk", 5, 1000, 20, "GB", "(%(default)s)"),
     ):
-        options = {"default": default, "metavar": metavar, "help": "(%(default)s)"}
-        add(option, type=whole_number(low, high), **options)
+        add(option, type=whole_number(low, high), default=default, metavar=metavar, help=help)
     add("--registry", metavar="ID", help="of the registry credential, for a private image")
     help = "where workers may run (anywhere)"
     add("--data-centers", type=comma_separated, metavar="IDS", help=help)
@@ -496,6 +505,11 @@ def option_problems(args: argparse.Namespace, image: str) -> list[str]:
         problems.append(f"--workers-min {args.workers_min} > --workers-max {args.workers_max}")
     if not args.gpu_pools:
         problems.append("--gpu-pools is empty")
+    if args.scaler == "REQUEST_COUNT":
+        ignored = [name for name in ("idle", "queue_delay") if getattr(args, name) is not None]
+        problems += [f"--{name.replace('_', '-')} needs --scaler QUEUE_DELAY" for name in ignored]
+    if args.queue_delay is not None and args.scaler_value is not None:
+        problems.append("--queue-delay and --scaler-value are the same: give one of them")
     clash = sorted({pair.partition("=")[0] for pair in args.env} & set(args.unset_env))
     return problems + [f"{name} is both set and removed" for name in clash]
 
@@ -513,7 +527,8 @@ def read_configuration(args: argparse.Namespace, settings: DeploySettings) -> di
         workers_max=args.workers_max,
         idle_s=args.idle,
         execution_s=args.execution,
-        queue_delay_s=args.queue_delay,
+        scaler=args.scaler,
+        scaler_value=args.scaler_value or args.queue_delay,
         disk_gb=args.disk,
         registry=args.registry,
         data_centers=args.data_centers,

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from .. import settings
 from .console import say
@@ -36,7 +37,7 @@ In the shell of a caller:
 
 {lines}
 
-{count} worker(s), started now; what they print follows. Ctrl-C ends everything.
+{workers}; what they print follows. Ctrl-C ends everything.
 """
 
 
@@ -71,6 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeded", metavar="FOLDER", help="no weights at hand: seeded random ones, made in FOLDER")
     add("--loopback-images", action="store_true", help="let workers fetch from 127.0.0.0/8")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="a worker's variable")
+    add("--scaler", choices=("QUEUE_DELAY", "REQUEST_COUNT"), help="start workers as jobs come")
+    each = "seconds that a job waits, or jobs for each worker (%(default)s)"
+    add("--scaler-value", type=float, default=4, metavar="N", help=each)
+    add("--workers-min", type=int, default=0, metavar="N", help="with a scaler (%(default)s)")
+    help = "with QUEUE_DELAY, stop a worker after so long without a job (%(default)s)"
+    add("--idle", type=float, default=5, metavar="SECONDS", help=help)
+    help = "between the start of a worker and its process (%(default)s)"
+    add("--cold-start", type=float, default=0, metavar="SECONDS", help=help)
+    add("--flashboot", action="store_true", help="a stopped worker keeps its process, and gets 400")
+    help = "execution timeout of a job that names none (%(default)s)"
+    add("--execution", type=float, default=600, metavar="SECONDS", help=help)
+    add("--timeout-stops-worker", action="store_true", help="together with the job")
     add("--max-attempts", type=int, default=3, metavar="N", help="workers that may die over a job")
     add("command", nargs="*", help="after --: what to run as a worker (default: the handler)")
 
@@ -95,6 +108,25 @@ def worker_variables(args: argparse.Namespace) -> dict[str, str]:
         variables[name] = value
     return variables
 
+# %% ../../nbs/13i_platform.ipynb #scaling-options
+def emulator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what the emulator itself is told; raise ValueError for wrong options."""
+    durations = {"--idle": args.idle, "--cold-start": args.cold_start}
+    for name, value in durations.items():
+        if not 0 <= value <= 86_400:
+            raise ValueError(f"{name} is 0 to 86400 seconds")
+    if not 0 < args.scaler_value <= 86_400 or not 5 <= args.execution <= 604_800:
+        raise ValueError("--scaler-value is more than 0, --execution 5 to 604800")
+    if not 0 <= args.workers_min <= args.workers:
+        raise ValueError("--workers-min is 0 to --workers")
+    return {
+        "workers": args.workers, "port": args.port, "max_attempts": args.max_attempts,
+        "scaler": args.scaler or "", "scaler_value": args.scaler_value,
+        "workers_min": args.workers_min, "idle_timeout_s": args.idle,
+        "cold_start_s": args.cold_start, "flashboot": args.flashboot,
+        "execution_timeout_s": args.execution, "timeout_stops_worker": args.timeout_stops_worker,
+    }  # fmt: skip
+
 # %% ../../nbs/13i_platform.ipynb #received-signals
 @contextlib.contextmanager
 def received_signals() -> Iterator[SimpleQueue[int]]:
@@ -113,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the emulator until a signal comes; return the exit status; raise SettingsError."""
     logging.basicConfig(format="[%(levelname)s] %(message)s", level=logging.INFO)
     try:
-        variables = worker_variables(args)
+        variables, options = worker_variables(args), emulator_options(args)
     except ValueError as error:
         say(str(error))
         return 2
@@ -122,12 +154,13 @@ def run(args: argparse.Namespace) -> int:
         secret = variables[SIGNING_VARIABLES[0]] = secrets.token_hex(32)
     signing = (*SIGNING_VARIABLES, "AUTH_ACCEPT_V1")
     settings.Settings.from_env({name: variables[name] for name in signing if name in variables})
-    options = {"workers": args.workers, "port": args.port, "max_attempts": args.max_attempts}
+    workers = f"Up to {args.workers} worker(s), started by {args.scaler}"
+    workers = workers if args.scaler else f"{args.workers} worker(s), started now"
     options |= {"command": args.command, "env": settings.environment_for(variables)}
     try:
         with received_signals() as received, Emulator(echo=_print, **options) as server:
             lines = lines_for_callers(server, secret)
-            _print(INTRODUCTION.format(server=server, lines=lines, count=args.workers))
+            _print(INTRODUCTION.format(server=server, lines=lines, workers=workers))
             number = received.get()
             print("Ending: the workers finish the jobs in hand ...", file=sys.stderr, flush=True)
     except (OSError, RuntimeError) as error:

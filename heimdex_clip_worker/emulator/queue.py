@@ -20,7 +20,7 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['MIB', 'InjectedFault', 'Behaviour', 'Job', 'status_json', 'CallRefused', 'JobQueue', 'health_json', 'watch_workers']
+__all__ = ['MIB', 'InjectedFault', 'Behaviour', 'Job', 'status_json', 'CallRefused', 'JobQueue']
 
 # %% ../../nbs/11j_jobs.ipynb #injected-fault
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Behaviour:
     max_attempts: int = 3  # workers that may die over a job before it is FAILED (ours)
     ttl_s: float = 86_400  # a job is deleted this long after it was submitted
     execution_timeout_s: float = 600  # a job that runs longer is TIMED_OUT
+    timeout_stops_worker: bool = False  # ... and its worker is killed; else it is asked to stop it
     min_ttl_s: float = 10  # least `ttl` that a request may ask for; the most is 7 days
     min_execution_timeout_s: float = 5
     wait_s: float = 90  # runsync waits this long unless `?wait=` says otherwise
@@ -66,6 +67,14 @@ class Behaviour:
     keep_bytes: int = 256 * MIB  # all finished jobs together; the oldest go first (ours)
     rates: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(_RATES))
     rate_window_s: float = 10.0
+    scaler: str = ""  # QUEUE_DELAY or REQUEST_COUNT; empty: all workers run all the time
+    scaler_value: float = 4  # seconds that a job waits, or jobs for each worker
+    workers_min: int = 0  # workers that always run, with a scaler
+    idle_timeout_s: float = 5  # with QUEUE_DELAY, a worker runs on for so long without a job
+    cold_start_s: float = 0.0  # from the decision to start a worker to its first process
+    flashboot: bool = False  # a worker that is scaled down keeps its process; job-take is 400
+    webhook_attempts: int = 3  # until the webhook's server responds with 200
+    webhook_pause_s: float = 10.0  # between two of them
     retry_after_s: int | None = None  # in the 429 of a rate limit; RunPod documents none
     faults: dict[str, deque[InjectedFault]] = field(default_factory=dict)  # by operation
     rewrite: Callable[[dict], dict | None] | None = None  # changes a worker's reply; None: loses it
@@ -102,6 +111,8 @@ class Job:
     worker: str | None = None  # the worker that has the job, or had it last
     attempts: int = 0  # how often the job was handed to a worker
     replies: int = 0  # job-done posts that were accepted
+    webhook: str | None = None  # the URL to which the end of the job is posted
+    extra: dict[str, Any] = field(default_factory=dict)  # handed to the worker beside the input
     chunks: list[Any] = field(default_factory=list)  # streamed and not fetched yet
     submitted_at: float = field(default_factory=time.monotonic)
     queued_at: float = field(default_factory=time.monotonic)
@@ -148,6 +159,8 @@ class _Worker:
     last_seen: float = field(default_factory=time.monotonic)
     polls: bool = False  # it has asked for a job since it started
     unhealthy: bool = False
+    stopped: bool = False  # scaled down
+    idle_since: float | None = None  # it asks for jobs and has none
     jobs: set[str] = field(default_factory=set)  # in progress
     stops: set[str] = field(default_factory=set)  # to be stopped; not reported by job-stop yet
     last_taken: list[Job] = field(default_factory=list)  # by its last job-take
@@ -156,6 +169,8 @@ class _Worker:
         """Derive the state that `/health` counts."""
         if self.unhealthy:
             return "unhealthy"
+        if self.stopped:
+            return "stopped"
         if not self.polls:
             return "initializing"
         return "running" if self.jobs else "idle"
@@ -183,7 +198,9 @@ class JobQueue:
         self.calls: Counter[str] = Counter()  # by operation
         self.pings: deque[dict[str, str]] = deque(maxlen=1000)
         self.strays: deque[tuple[str, str]] = deque(maxlen=1000)  # replies to unknown jobs
-        self.on_stop_pod: Callable[[str], None] = lambda pod: None
+        self.on_stop_pod: Callable[[str], None] = lambda pod: None  # it asks for a restart
+        self.on_time_out: Callable[[str], None] = self.lose  # it is stopped with its job
+        self.on_end: Callable[[Job], None] = lambda job: None  # a job with a webhook has ended
         self._changed = asyncio.Event()
 
     def find(self, job_id: str) -> Job:
@@ -224,14 +241,17 @@ class JobQueue:
                 break
             jobs = self.hand_out(worker, limit)
         worker.last_taken = jobs
+        if worker.stopped and self.behaviour.flashboot:
+            raise CallRefused(400, "the worker is scaled down")
         return jobs
 
     def hand_out(self, worker: _Worker, limit: int) -> list[Job]:
         """Give a worker up to `limit` jobs that have waited for `queue_delay_s`."""
         jobs: list[Job] = []
-        if self.behaviour.paused or self._is_throttled(worker):
-            return jobs
         now = time.monotonic()
+        worker.idle_since = None if worker.jobs else worker.idle_since or now
+        if self.behaviour.paused or worker.stopped or self._is_throttled(worker):
+            return jobs
         while self.waiting and len(jobs) < min(limit, self.behaviour.max_batch):
             job = next(iter(self.waiting.values()))
             if job.queued_at > now - self.behaviour.queue_delay_s:
@@ -240,6 +260,7 @@ class JobQueue:
             job.status, job.worker, job.taken_at = "IN_PROGRESS", worker.pod, now
             job.attempts += 1
             worker.jobs.add(job.id)
+            worker.idle_since = None
             self._limit_execution(job)
             jobs.append(job)
         return jobs
@@ -275,6 +296,8 @@ class JobQueue:
         self.counts[status] += 1
         job.ended.set()
         self.keep(job)
+        if job.webhook:
+            self.on_end(job)
 
     def cancel(self, job: Job) -> None:
         """End a job that has not ended."""
@@ -295,6 +318,8 @@ class JobQueue:
 
     def _time_out(self, job: Job) -> None:
         self.finish(job, "TIMED_OUT", error="executionTimeout exceeded")
+        if self.behaviour.timeout_stops_worker:
+            self.on_time_out(job.worker)
 
     def _release(self, job: Job) -> None:
         """Take a job out of the queue, or from its worker, which is asked to stop it."""
@@ -375,38 +400,36 @@ class JobQueue:
             if (job.status, job.worker) == ("IN_PROGRESS", pod):
                 self.put_back(job, "the worker hung up", delivered=False)
 
-# %% ../../nbs/11j_jobs.ipynb #health
-def health_json(queue: JobQueue) -> str:
-    """Render the counts of `/health`."""
-    throttled = max(queue.behaviour.throttled, 0)
-    others = itertools.islice(queue.workers.values(), throttled, None)
-    states = Counter(worker.state() for worker in others)
-    counts = queue.counts
-    jobs = {
-        "completed": counts["COMPLETED"], "failed": counts["FAILED"] + counts["TIMED_OUT"],
-        "inProgress": sum(len(worker.jobs) for worker in queue.workers.values()),
-        "inQueue": len(queue.waiting), "retried": counts["retried"],
-    }  # fmt: skip
-    workers = {
-        "idle": states["idle"], "initializing": states["initializing"],
-        "ready": states["idle"] + states["running"], "running": states["running"],
-        "throttled": throttled, "unhealthy": states["unhealthy"],
-    }  # fmt: skip
-    return json.dumps({"jobs": jobs, "workers": workers})
+    async def watch(self, every_s: float = 0.2) -> None:
+        """Declare silent workers dead, until cancelled."""
+        checked_at = time.monotonic()
+        while True:
+            await asyncio.sleep(every_s)
+            now = time.monotonic()
+            if now - checked_at > every_s + 1:  # this process was suspended and received nothing
+                for worker in self.workers.values():
+                    worker.last_seen = now
+            checked_at = now
+            for worker in list(self.workers.values()):
+                is_silent = now - worker.last_seen > self.behaviour.lost_after_s
+                if is_silent and not worker.stopped and (worker.polls or not worker.supervised):
+                    _log.warning("%s is silent: its jobs are put back", worker.pod)
+                    self.lose(worker.pod, unhealthy=worker.supervised)
 
-# %% ../../nbs/11j_jobs.ipynb #watch-workers
-async def watch_workers(queue: JobQueue, every_s: float = 0.2) -> None:
-    """Declare silent workers dead, until cancelled."""
-    checked_at = time.monotonic()
-    while True:
-        await asyncio.sleep(every_s)
-        now = time.monotonic()
-        if now - checked_at > every_s + 1:  # this process was suspended and received nothing
-            for worker in queue.workers.values():
-                worker.last_seen = now
-        checked_at = now
-        for worker in list(queue.workers.values()):
-            is_silent = now - worker.last_seen > queue.behaviour.lost_after_s
-            if is_silent and (worker.polls or not worker.supervised):
-                _log.warning("%s is silent: its jobs are put back", worker.pod)
-                queue.lose(worker.pod, unhealthy=worker.supervised)
+    def health_json(self) -> str:
+        """Render the counts of `/health`."""
+        throttled = max(self.behaviour.throttled, 0)
+        others = itertools.islice(self.workers.values(), throttled, None)
+        states = Counter(worker.state() for worker in others)
+        jobs = {
+            "completed": self.counts["COMPLETED"],
+            "failed": self.counts["FAILED"] + self.counts["TIMED_OUT"],
+            "inProgress": sum(len(worker.jobs) for worker in self.workers.values()),
+            "inQueue": len(self.waiting), "retried": self.counts["retried"],
+        }  # fmt: skip
+        workers = {
+            "idle": states["idle"] + states["stopped"], "initializing": states["initializing"],
+            "ready": states["idle"] + states["running"], "running": states["running"],
+            "throttled": throttled, "unhealthy": states["unhealthy"],
+        }  # fmt: skip
+        return json.dumps({"jobs": jobs, "workers": workers})

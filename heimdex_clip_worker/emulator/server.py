@@ -18,15 +18,17 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
 from . import queue as queues
 from .queue import Behaviour, CallRefused, InjectedFault, Job, JobQueue
+from .scaling import Scaler
 from .supervisor import SupervisedProcess
 
 _log = logging.getLogger(__name__)
@@ -91,6 +93,44 @@ def parse_policy(policy: Any, limits: Behaviour) -> tuple[float, float]:  # ttl,
         execution_s = parse_milliseconds(value, "policy.executionTimeout", least_s, WEEK_S)
     return ttl_s, execution_s
 
+# %% ../../nbs/12_platform.ipynb #extras
+def parse_extras(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what a job has beside its input and its policy."""
+    extras = {name: body[name] for name in ("webhook", "s3Config") if body.get(name) is not None}
+    if not isinstance(extras.get("s3Config", {}), dict):
+        raise CallRefused(400, "bad request: s3Config: not a JSON object")
+    url = extras.get("webhook", "http://127.0.0.1")
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[!-~]{1,2000}", url):
+        raise CallRefused(400, "bad request: webhook: not a URL")
+    return extras
+
+
+def is_on_this_machine(url: str) -> bool:
+    """True if a URL leads to this machine, judged by its host's name alone."""
+    try:
+        return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    except ValueError:
+        return False
+
+
+async def post_webhook(job: Job, limits: Behaviour) -> None:
+    """Post the end of a job to its webhook on this machine, again until the status is 200."""
+    import aiohttp
+
+    if not is_on_this_machine(job.webhook):
+        _log.warning("the webhook of %s is not called: it is not on this machine", job.id)
+        return
+    options = {"data": queues.status_json(job), "allow_redirects": False}
+    options["headers"] = {"Content-Type": "application/json"}
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as http:
+        for attempt in range(limits.webhook_attempts):
+            await asyncio.sleep(limits.webhook_pause_s if attempt else 0)
+            with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError):
+                async with http.post(job.webhook, **options) as response:
+                    if response.status == 200:
+                        return
+    _log.warning("the webhook of %s does not respond with 200", job.id)
+
 # %% ../../nbs/12_platform.ipynb #submit
 async def submit(queue: JobQueue, request: Any, *, sync: bool) -> Job:
     """Queue the job that a request describes."""
@@ -99,11 +139,11 @@ async def submit(queue: JobQueue, request: Any, *, sync: bool) -> Job:
     body = parse_object(await read_body(request, limit))
     if "input" not in body:
         raise CallRefused(400, "bad request: body: no input")
-    for field in {"webhook", "s3Config"} & body.keys():
-        raise CallRefused(400, f"the emulator does not support {field}")
+    extra = parse_extras(body)
     ttl_s, execution_s = parse_policy(body.get("policy") or {}, limits)
     job_id = f"{'sync-' if sync else ''}{uuid.uuid4()}-u1"
     job = Job(job_id, json.dumps(body["input"]), sync, ttl_s, execution_s)
+    job.extra, job.webhook = extra, extra.get("webhook")
     queue.enqueue(job)
     return job
 
@@ -160,7 +200,7 @@ async def on_purge(queue: JobQueue, request: Any) -> str:
 
 async def on_health(queue: JobQueue, request: Any) -> str:
     """Count jobs and workers."""
-    return queues.health_json(queue)
+    return queue.health_json()
 
 # %% ../../nbs/12_platform.ipynb #take
 async def on_take(queue: JobQueue, request: Any) -> str | None:
@@ -173,8 +213,15 @@ async def on_take(queue: JobQueue, request: Any) -> str | None:
     jobs = await queue.take(queue.touch(request.match_info["worker"]), limit)
     if not jobs:
         return None
-    texts = [f'{{"id": "{job.id}", "input": {job.input}}}' for job in jobs]
+    texts = [
+        f'{{"id": "{job.id}", "input": {job.input}{"".join(extra_texts(job))}}}' for job in jobs
+    ]
     return f"[{', '.join(texts)}]" if is_batch else texts[0]
+
+
+def extra_texts(job: Job) -> list[str]:
+    """Render what a job has beside its input."""
+    return [f', "{name}": {json.dumps(value)}' for name, value in job.extra.items()]
 
 # %% ../../nbs/12_platform.ipynb #done
 async def on_done(queue: JobQueue, request: Any) -> str:
@@ -382,6 +429,7 @@ class EmulatorServer:
             raise ValueError(f"the emulator listens on this machine only: 127.0.0.1, not {host}")
         self.behaviour, self.port = Behaviour(**behaviour), port
         self.queue = JobQueue(self.behaviour)
+        self._tasks: set[asyncio.Task[None]] = set()
         self.endpoint_id = "local"
         self.api_key, self.worker_key = (f"rpa_LOCAL{secrets.token_hex(16)}" for _ in range(2))
         self.base_url = self.url = ""  # known once the server listens
@@ -429,12 +477,20 @@ class EmulatorServer:
             self.port = runner.addresses[0][1]
             self.base_url = f"http://127.0.0.1:{self.port}/v2"  # the value of RUNPOD_BASE_URL
             self.url = f"{self.base_url}/{self.endpoint_id}"
-            watch = asyncio.create_task(queues.watch_workers(self.queue))
+            self.queue.on_end = lambda job: self._begin(post_webhook(job, self.behaviour))
+            self._begin(self.queue.watch())
             self._ready.set()
             await self._closing.wait()
-            watch.cancel()
+            for task in self._tasks:
+                task.cancel()
         finally:
             await runner.cleanup()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the calls; it is cancelled at the end."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # Variables
 
@@ -561,23 +617,49 @@ class Emulator(EmulatorServer):
         self.command, self.env = command or handler, dict(env)
         self.echo, self.pause_s, self.grace_s = echo, pause_s, grace_s
         self.pods = [f"pod-{number + 1}" for number in range(workers)]
+        self.scaler = Scaler(self.queue, self.pods)
         self.processes: dict[str, SupervisedProcess] = {}
+        self.is_ending = False
 
     def __enter__(self) -> Any:
         super().__enter__()
         self.queue.on_stop_pod = lambda pod: self.processes[pod].terminate()
+        self.queue.on_time_out = self.kill
         for pod in self.pods:
-            self.call(self.queue.supervise, pod)
-            self.processes[pod] = self._start(pod)
+            if not self.queue.workers[pod].stopped:
+                self.processes[pod] = self._start(pod)
+        if self.scaler.is_on:
+            self.call(self._begin, self._scale())
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.call(setattr, self, "is_ending", True)  # no worker starts from now on
         for process in self.processes.values():
             process.close()
         deadline = time.monotonic() + self.grace_s
         for process in self.processes.values():
             process.join(deadline - time.monotonic())
         super().__exit__(*exc)
+
+    async def _scale(self, every_s: float = 0.1) -> None:
+        """Start and stop workers as the scaler says, until the end."""
+        keeps = self.behaviour.flashboot
+        while not self.is_ending:
+            started, stopped = self.scaler.step()
+            for pod in started:
+                if not (keeps and pod in self.processes):
+                    self._begin(self._start_later(pod))
+            for pod in stopped:
+                if not keeps:
+                    self.processes[pod].close()
+            await asyncio.sleep(every_s)
+
+    async def _start_later(self, pod: str) -> None:
+        if last := self.processes.get(pod):
+            await asyncio.to_thread(last.join, self.grace_s)
+        await asyncio.sleep(self.behaviour.cold_start_s)
+        if not self.is_ending:
+            self.processes[pod] = self._start(pod)
 
     def _start(self, pod: str) -> SupervisedProcess:
         return SupervisedProcess(

@@ -128,9 +128,9 @@ class Pipeline:
         self.decode_slots = Budget(_SLOTS_PER_THREAD * decode_workers)
         self.large_bytes = Budget(_LARGE_BYTES)
         self._text_slot = Budget(1)
-        in_flight = max(_BATCHES_IN_FLIGHT * max_batch, _MIN_IN_FLIGHT)
+        self.in_flight = max(_BATCHES_IN_FLIGHT * max_batch, _MIN_IN_FLIGHT)  # images, at most
         # guard: images in flight
-        self._min_bytes = max_bytes_in_flight // in_flight  # the least that an image reserves
+        self._min_bytes = max_bytes_in_flight // self.in_flight  # the least that an image reserves
         self._load_text, self._tower = load_text, None
         self._tower_error: StartError | None = None
         # One more, for a job that holds no slot.

@@ -12,16 +12,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from .. import settings as environment
 from ..model.image import Embedder
+from .intake import Intake
 from .pipeline import Pipeline
 from ..settings import Settings
 
@@ -225,15 +226,25 @@ def _check_fitness(embedder: Embedder, spent_s: Mapping[str, float]) -> None:
         comparison, embedder.precision, embedder.device,
     )
 
+# %% ../../nbs/05d_process.ipynb #take-jobs-through
+def _take_jobs_through(intake: Intake, loop: ModuleType) -> None:
+    """Let the SDK's loop ask for jobs through `intake`; log a warning if that is impossible."""
+    fetch = getattr(loop, "get_job", None)
+    if fetch is None:
+        _log.warning("This SDK takes jobs in an unknown way: their images in hand are not bounded")
+        return
+    loop.get_job = partial(intake.take, fetch)  # guard: jobs are taken through the intake
+
 # %% ../../nbs/05d_process.ipynb #serve
 def serve(
-    handle: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],  # a job -> its reply
+    intake: Intake,  # takes jobs, and makes the reply to each
     pipeline: Pipeline,  # its model is checked before the first job
     settings: Settings,
     spent_s: Mapping[str, float],  # seconds of the start so far, by step
 ) -> None:
     """Answer the platform's jobs until the process is asked to end."""
     import runpod
+    from runpod.serverless.modules import rp_scale
     from runpod.serverless.modules.rp_logger import RunPodLogger
 
     gc.freeze()
@@ -249,10 +260,11 @@ def serve(
 
     for check in (secret_is_set, warm_up):
         runpod.serverless.register_fitness_check(check)
+    _take_jobs_through(intake, rp_scale)
     pipeline.watchdog.ends_process = True
     try:
         runpod.serverless.start({
-            "handler": handle,
+            "handler": intake.handle,
             "concurrency_modifier": lambda _: settings.max_concurrency,
         })
     finally:

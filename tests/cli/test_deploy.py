@@ -108,7 +108,7 @@ def test_a_first_run_creates_the_endpoint(api, command):
     assert (status, method, path) == (0, "POST", "/v2/serverless")
     assert body["image"] == IMAGE and body["name"] == "heimdex-clip" and body["type"] == "QUEUE"
     assert body["workers"] == {"min": 0, "max": 3, "idleTimeout": 30}
-    assert (body["timeout"], body["flashboot"]) == (60_000, "FLASHBOOT")
+    assert (body["timeout"], body["flashboot"]) == (300_000, "FLASHBOOT")
     assert body["scaling"] == {"type": "QUEUE_DELAY", "queueDelay": 4} and body["disk"] == 20
     assert {key: body[key] for key in configuration(IMAGE)} == configuration(IMAGE)
     assert body["gpu"]["pools"] == list(_GPU_POOLS)
@@ -131,6 +131,30 @@ def test_other_gpus_can_be_chosen(api, command, words, pools, excluded):
     assert command("--image", IMAGE, *words)[0] == 0
     gpu = api.changes()[0][2]["gpu"]
     assert (gpu["pools"], gpu.get("excludedTypes", [])) == (pools, excluded)
+
+
+@pytest.mark.parametrize(
+    "words, scaling, idle_s",
+    [
+        (["--queue-delay", "9"], {"type": "QUEUE_DELAY", "queueDelay": 9}, 30),
+        (["--scaler-value", "9", "--idle", "7"], {"type": "QUEUE_DELAY", "queueDelay": 9}, 7),
+        (["--scaler", "REQUEST_COUNT"], {"type": "REQUEST_COUNT", "requestCount": 4}, None),
+        (
+            ["--scaler", "REQUEST_COUNT", "--scaler-value", "64"],
+            {"type": "REQUEST_COUNT", "requestCount": 64}, None,
+        ),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else None,
+)  # fmt: skip
+@pytest.mark.parametrize("known", [False, True], ids=["create", "update"])
+def test_a_scaler_can_be_chosen(api, command, words, scaling, idle_s, known):
+    """The API refuses an idle timeout beside REQUEST_COUNT, and so does the stand-in."""
+    if known:
+        workers = {"min": 0, "max": 1, "idleTimeout": 5}
+        api.add("heimdex-clip", env={VARIABLE: SECRET}, workers=workers)
+    assert command("--image", IMAGE, *words)[0] == 0
+    body = api.changes()[0][2]
+    assert (body["scaling"], body["workers"].get("idleTimeout")) == (scaling, idle_s)
 
 
 def test_a_new_secret_is_printed_once_and_is_the_workers(api, command):
@@ -402,6 +426,9 @@ def test_an_unreachable_api_is_reported(api, command, monkeypatch):
         ["--image", IMAGE, "--env", "LOG_LEVEL=INFO", "--unset-env", "LOG_LEVEL"],
         ["--image", IMAGE, "--workers-min", "4"],
         ["--image", IMAGE, "--gpu-pools", ","],
+        ["--image", IMAGE, "--scaler", "REQUEST_COUNT", "--idle", "30"],
+        ["--image", IMAGE, "--scaler", "REQUEST_COUNT", "--queue-delay", "4"],
+        ["--image", IMAGE, "--scaler-value", "4", "--queue-delay", "4"],
     ],
     ids=lambda words: " ".join(words)[-40:] or "no-image",
 )

@@ -58,7 +58,15 @@ def test_a_secret_from_the_environment_is_not_printed():
     assert "export EMBEDDING" not in lines and f"RUNPOD_API_KEY={server.api_key}" in lines
 
 
-@pytest.mark.parametrize("words", [["--env", "x"], ["--workers", "-1"], ["--port", "70000"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--env", "x"], ["--workers", "-1"], ["--port", "70000"], ["--workers-min", "2"],
+        ["--scaler", "REQUEST_COUNT", "--scaler-value", "0"], ["--idle", "-1"],
+        ["--cold-start", "nan"], ["--execution", "1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
 def test_wrong_usage_is_status_2(words, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["platform", *words])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import re
@@ -119,7 +120,8 @@ def test_without_aiohttp_the_error_names_the_extra_to_install(monkeypatch):
         ('{"input": NaN}', "NaN"),
         ("[1]", "not a JSON object"),
         ("{}", "no input"),
-        ('{"input": {}, "webhook": "https://example.com"}', "webhook"),
+        ('{"input": {}, "webhook": "example.com"}', "webhook"),
+        ('{"input": {}, "s3Config": "mine"}', "s3Config"),
         ('{"input": {}, "policy": 5}', "policy"),
         ('{"input": {}, "policy": {"ttl": 9999}}', "10000 to 604800000"),
         ('{"input": {}, "policy": {"executionTimeout": 604800001}}', "5000 to 604800000"),
@@ -293,6 +295,56 @@ def test_a_stream_is_returned_piece_by_piece(server):
     assert as_caller(server, "GET", f"/stream/{job}").json()["stream"] == []
 
 
+class Hook(http.server.ThreadingHTTPServer):
+    """A server for webhooks, which answers the first call with 500."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HookRequest)
+        self.bodies: list[dict] = []
+
+
+class _HookRequest(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.server.bodies.append(json.loads(self.rfile.read(length)))
+        self.send_response(500 if len(self.server.bodies) == 1 else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_the_end_of_a_job_is_posted_to_its_webhook_until_that_responds_with_200():
+    with Hook() as hook, EmulatorServer(webhook_pause_s=0.05) as server:
+        threading.Thread(target=hook.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{hook.server_port}/done?scene=1"
+        job = server.submit({}, webhook=url)
+        take(server)
+        reply(server, job, output={"fine": True})
+        until(lambda: len(hook.bodies) == 2, 10, "the webhook is called twice")
+        time.sleep(0.3)
+        assert hook.bodies == [server.status(job)] * 2
+        hook.shutdown()
+
+
+def test_a_webhook_beyond_this_machine_is_accepted_and_not_called(server, caplog):
+    for url in ("https://example.com/done", "http://169.254.169.254/", "http://[::1/"):
+        job = server.submit({}, webhook=url)
+        take(server)
+        assert reply(server, job) == 200 and server.status(job)["status"] == "COMPLETED"
+        until(lambda job=job: f"the webhook of {job}" in caplog.text, 5, "nothing is logged")
+    assert "example.com" not in caplog.text
+
+
+def test_a_worker_gets_webhook_and_s3_config_and_no_caller_sees_them(server):
+    extras = {"webhook": "https://example.com/a", "s3Config": {"accessSecret": 'a "secret"'}}
+    job = server.submit({"a": 1}, **extras)
+    path = "/job-take-batch/pod-1?batch_size=2"
+    assert as_worker(server, "GET", path).json() == [{"id": job, "input": {"a": 1}, **extras}]
+    assert "secret" not in json.dumps(server.status(job))
+
+
 # --- rate limits --------------------------------------------------------------
 
 
@@ -416,6 +468,16 @@ def test_a_silent_worker_loses_its_jobs_and_its_late_reply_is_accepted():
         assert [server.status(job)["status"] for job in jobs] == ["COMPLETED", "IN_PROGRESS"]
         assert reply(server, jobs[0], pod="pod-2", output="later") == 200
         assert server.status(jobs[0])["output"] == "late" and server.job(jobs[0]).replies == 2
+
+
+def test_a_worker_that_is_scaled_down_may_be_silent():
+    with EmulatorServer(lost_after_s=0.2, take_hold_s=0) as server:
+        server.call(server.queue.supervise, "pod-1")
+        as_worker(server, "GET", "/job-take/pod-1")
+        server.queue.workers["pod-1"].stopped = True
+        time.sleep(0.8)
+        workers = server.health()["workers"]
+        assert (workers["idle"], workers["ready"], workers["unhealthy"]) == (1, 0, 0)
 
 
 def test_a_worker_that_pings_keeps_its_jobs():

@@ -34,6 +34,7 @@ FILES = {
     "watchdog": "serving/watchdog.py",
     "budget": "serving/budget.py", "batcher": "serving/batcher.py",
     "pipeline": "serving/pipeline.py", "selftest": "serving/selftest.py",
+    "intake": "serving/intake.py",
     "preprocess": "model/preprocess.py", "image": "model/image.py", "golden": "model/golden.py",
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
@@ -56,6 +57,7 @@ TESTS = {
     "watchdog": ["tests/serving/test_watchdog.py", f"{HOSTILE}/test_fault_rows.py"],
     "batcher": [f"{HOSTILE}/test_fault_rows.py"],
     "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
+    "intake": ["tests/serving/test_intake.py"],
     "handler": [
         f"{HOSTILE}/test_payload_rows.py",
         f"{HOSTILE}/test_fault_rows.py",
@@ -68,7 +70,7 @@ TESTS = {
     "files": ["tests/backfill/test_files.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
-    "process": ["tests/serving/test_host.py"],
+    "process": ["tests/serving/test_host.py", "tests/serving/test_intake.py"],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
 }
@@ -248,13 +250,20 @@ BATCHER = [
 ]
 PIPELINE = [
     ("as many rows as items", NEVER),
-    ("images in flight", (r"= .* // \w+", "= 0")),
+    ("images in flight", (r"= .* // [\w.]+", "= 0")),
     ("no job takes all decode slots", (r"async with .*:", "if True:")),
     ("a large image that hangs counts more", (r"weight=.*\)", "weight=1)")),
     ("large images share memory", (r"self\.large_bytes\.reserve\(count, job\), ", "")),
     ("a download's exit stays in its job", (r"\(SystemExit, KeyboardInterrupt\)", "ZeroDivisionError")),
     ("slow downloads give way", (r"with .*:", "if True:")),
     ("jobs take turns with texts", (r"async with .*:", "if True:")),
+]
+INTAKE = [
+    ("jobs begin before the SDK seems full", NEVER),
+    ("images in hand are bounded", NEVER),
+    ("jobs are as large as those before", (r"= .*", "= limit")),
+    ("large jobs come in a handful", SKIP),
+    ("taken images count at once", (r"in zip\(.*\)", "in ()")),
 ]
 HANDLER = [
     (
@@ -326,6 +335,7 @@ PROCESS = [
     ("groups above count", (r", \*inner\.parents", ",")),
     ("a quota of CPU time", SKIP),
     ("torch heeds the quota", SKIP),
+    ("jobs are taken through the intake", SKIP),
 ]
 CLIENT = [
     ("a crash loop is not hidden", NEVER),
@@ -351,6 +361,7 @@ GUARDS = [
         ("watchdog", WATCHDOG),
         ("batcher", BATCHER),
         ("pipeline", PIPELINE),
+        ("intake", INTAKE),
         ("handler", HANDLER),
         ("selftest", SELFTEST),
         ("golden", GOLDEN),

@@ -167,7 +167,7 @@ class Worker:
         self.space = contract.Space(model.model_name, model.pretrained, model.dim, model.space_id)
         self.selftest = Selftest(pipeline, self.space) if selftest else None
         self.lost = False  # True once the device is lost
-        self._tasks: set[asyncio.Task[Any] | None] = set()  # of the jobs in hand
+        self._tasks: set[Any] = set()  # of the jobs in hand
         pipeline.watchdog.on_lost = self._abandon
         self._unfinished: dict[int, int] = {}  # items without a result, by request
 

@@ -31,8 +31,8 @@ POOLS = {MIX: partial(photos.pool, 1), THUMBNAILS: photos.thumbnails}
 
 
 def load(**options: object) -> Embedder:
-    """Load the embedder with the seeded weights, as the worker would."""
-    options.setdefault("device", "cpu")
+    """Load the embedder with the seeded weights, as the worker would: open_clip is needed once."""
+    options = {"device": "cpu", "artifact_dir": str(CACHE / "artifacts"), **options}
     return Embedder.load("ViT-B-32", "openai", cache_dir=str(seeded_hub()), **options)
 
 

@@ -71,7 +71,8 @@ def vectors(values: Results) -> str:
     head = ["worker", "precision", "preprocessing", "photographs", "texts", "allowed"]
     served = [(r["precision"], r["drift"], r["allowed"]) for r in values.get("as_served", [])]
     return "\n\n".join([
-        "1 - cosine to open_clip in float32 on the same device.",
+        "1 - cosine to open_clip in float32 on the same device. open_clip here, to its own vectors "
+        f"in the package: {values.get('open_clip_from_package')}.",
         rows_table(head, rows),
         rows_table(["precision", "golden vectors at the start", "allowed"], served),
     ])  # fmt: skip

@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDS_A_GPU = {"out-of-memory"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(520)  # 60 s on a quiet machine
 def test_the_short_form_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path), "--device", "cpu"]
     command += ["--short", "--seconds", "2000"]  # the limits are for a machine that is not busy
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     [path] = tmp_path.glob("*.json")
     results = json.loads(path.read_text(encoding="utf-8"))
     skipped = {name for name, part in results["parts"].items() if part["status"] == "skipped"}

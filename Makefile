@@ -47,7 +47,7 @@ gpu-kit: $(CHECK)/.check ## gather what a bare CUDA machine lacks, to run tools/
 	@$(CHECK)/bin/python tools/gpu_kit.py $(ARGS)
 
 gpu-check: .venv/.dev ## prove and measure everything on this machine's GPU (up to 9 minutes)
-	@PYTHON=$(BIN)/python bash tools/gpu_check.sh $(or $(ARGS),benchmarks/results)
+	@KIT=none PYTHON=$(BIN)/python bash tools/gpu_check.sh $(or $(ARGS),benchmarks/results)
 
 image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 10 to 30 minutes)
 	@$(BIN)/python tools/image_test.py $(ARGS)

@@ -251,6 +251,7 @@ def vectors(found: Found) -> None:
 
     if found.on_gpu:
         forbid_tf32()
+    seeded_hub()
     state = load_file(seeded_file())
     theirs = open_clip_rows(state, found.device, "fp32")
     found.keep(open_clip_from_package=golden.distances(theirs))
@@ -406,6 +407,7 @@ class Stage:
 @contextlib.asynccontextmanager
 async def stage(found: Found) -> AsyncIterator[Stage]:
     """Serve photographs and prepare callers."""
+    photos.pool(1), photos.thumbnails()  # those that are not there yet
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(total=None)
     with ImageServer() as server:

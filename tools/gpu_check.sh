@@ -3,7 +3,8 @@
 # The results appear in the folder OUT while it runs. `--help` in place of OUT lists the options.
 #
 # Where `make gpu-kit` has left its wheels, they are installed into a temporary environment on top of
-# the packages that $PYTHON (default: python3) has. Elsewhere $PYTHON has to have everything.
+# the packages that $PYTHON (default: python3) has. Elsewhere, and with KIT=none, $PYTHON has to have
+# everything.
 set -eu
 
 if [ $# = 0 ]; then
@@ -12,7 +13,7 @@ if [ $# = 0 ]; then
 fi
 python=${PYTHON:-python3}
 root=$(cd "$(dirname "$0")/.." && pwd)
-wheels=$root/kit/wheels
+wheels=${KIT:-$root/kit}/wheels
 unset PYTHONPATH PYTHONHOME
 
 if [ -d "$wheels" ]; then

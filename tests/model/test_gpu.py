@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from heimdex_clip_worker.model import golden
 from heimdex_clip_worker.model.image import forbid_tf32, pick_device
@@ -28,12 +29,17 @@ for _ in range(2):
 """
 
 
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return golden.seeded_state()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("quality", ["exact", "fast"])
-def test_the_vectors_are_open_clips(precision: str, quality: str) -> None:
+def test_the_vectors_are_open_clips(state, precision: str, quality: str) -> None:
     forbid_tf32()
     options = {"device": "cuda", "precision": precision, "quality": quality}
-    images, texts = golden.seeded_worker(golden.seeded_state(), **options)
+    images, texts = golden.seeded_worker(state, **options)
     distances = golden.distances(golden.embed_golden(images, texts))
     assert max(distances.values()) <= golden._allowed_drift(images)
 

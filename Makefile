@@ -10,7 +10,7 @@ UV := uv==0.13.9
 QUICK := not model and not process and not postgres and not server and not image
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test smoke soak fuzz guards bench image-test lint lab docs showcase export readme lock clean
+.PHONY: help demo check test smoke soak fuzz guards bench gpu-kit gpu-check image-test lint lab docs showcase export readme lock clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -42,6 +42,12 @@ guards: .venv/.dev ## take each guard out in turn and see which test notices
 
 bench: .venv/.dev ## measure against two baseline workers (11 to 12 minutes)
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+gpu-kit: $(CHECK)/.check ## gather what a bare CUDA machine lacks, to run tools/gpu_check.sh there
+	@$(CHECK)/bin/python tools/gpu_kit.py $(ARGS)
+
+gpu-check: .venv/.dev ## prove and measure everything on this machine's GPU (up to 9 minutes)
+	@KIT=none PYTHON=$(BIN)/python bash tools/gpu_check.sh $(or $(ARGS),benchmarks/results)
 
 image-test: .venv/.dev ## build the image without Docker and let it answer (root, 30 GB, 10 to 30 minutes)
 	@$(BIN)/python tools/image_test.py $(ARGS)

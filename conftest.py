@@ -59,11 +59,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Ignore a file whose declared needs do not match the marker expression of `-m`."""
+    """Ignore a file whose declared needs do not match the marker expression of `-m`.
+
+    A flag of one of its tests counts too: `-m gpu` does not ignore a file that also needs torch.
+    """
     expression = config.option.markexpr
     if not expression or collection_path.suffix not in (".py", ".ipynb"):
         return None
     needs = declared_needs(collection_path)
+    text = collection_path.read_text(encoding="utf-8") if needs else ""
+    needs |= {flag for flag in FLAGS if re.search(rf"(#\|\s*|\bmark\.){flag}\b", text)}
     return needs and not Expression.compile(expression).evaluate(lambda name, **_: name in needs)
 
 

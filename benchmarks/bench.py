@@ -409,7 +409,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench ARGS=...",
         description=__doc__.partition("\n")[0],
-        epilog="`python -m benchmarks.turn OTHER` compares the workers of two checkouts.",
+        epilog="`python -m benchmarks.turn OTHER` compares the workers of two checkouts; "
+        "`make gpu-check` measures a GPU.",
     )
     parser.add_argument("--quick", action="store_true", help="one short round, to try it out")
     parser.add_argument(
@@ -417,8 +418,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"measure only this figure; can be repeated: {', '.join(GOALS)}. "
         "Shares of the bound need `encode` too.",
     )  # fmt: skip
-    parser.add_argument("--gpu", action="store_true", help="measure an accelerator instead")
-    parser.add_argument("--device", default="cuda", help="for --gpu: cuda, or cpu to try it out")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results"
     )
@@ -428,11 +427,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, print the table, write the results and draw the plots; exit with 1 on failure."""
     args = arguments()
-    if args.gpu:
-        from benchmarks import gpu
-
-        gpu.main(args.device, args.quick, args.out)
-        return
     try:
         bench = asyncio.run(measure(QUICK if args.quick else Plan(), args.only or GOALS))
         results = bench.results()

@@ -26,13 +26,14 @@ from heimdex_clip_worker.serving.decode import PixelLimits, decode
 from heimdex_clip_worker.serving.pipeline import prepare_image
 
 GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (1600, 768, 3072))
+GEMMS_OF_A_GPU = (*GEMMS, (8192, 8192, 8192))
 
 POOLS = {MIX: partial(photos.pool, 1), THUMBNAILS: photos.thumbnails}
 
 
 def load(**options: object) -> Embedder:
-    """Load the embedder with the seeded weights, as the worker would."""
-    options.setdefault("device", "cpu")
+    """Load the embedder with the seeded weights, as the worker would: open_clip is needed once."""
+    options = {"device": "cpu", "artifact_dir": str(CACHE / "artifacts"), **options}
     return Embedder.load("ViT-B-32", "openai", cache_dir=str(seeded_hub()), **options)
 
 
@@ -58,10 +59,15 @@ def seconds(call: Callable[[], object], repeats: int) -> list[float]:
     return sorted(times)
 
 
-def gemm(dtype: torch.dtype, device: str = "cpu", repeats: int = 3) -> float:  # FLOP/s
+def gemm(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    repeats: int = 3,
+    shapes: tuple[tuple[int, int, int], ...] = GEMMS,
+) -> float:  # FLOP/s
     """Measure the best rate at which a device multiplies matrices of a type."""
     best = 0.0
-    for m, k, n in GEMMS + ((8192, 8192, 8192),) * (device != "cpu"):
+    for m, k, n in shapes:
         a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
 
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> None:

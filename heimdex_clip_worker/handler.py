@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -76,7 +76,8 @@ def _error_reply(error: BaseException, request_id: str) -> dict[str, Any]:
         error = errors.InternalError(detail=_where(error))
     ours = isinstance(error, (errors.InferenceFailed, errors.InternalError))
     level = logging.ERROR if ours else logging.WARNING
-    _log.log(level, "Request %s failed: %s: %s", request_id, error.code, error.detail)
+    facts = {"request_id": request_id, "code": error.code}
+    _log.log(level, "Request %s failed: %s: %s", request_id, error.code, error.detail, extra=facts)
     reply = errors.to_reply(error, request_id)
     if isinstance(error, errors.InferenceFailed) and error.fatal:
         reply["refresh_worker"] = True
@@ -113,29 +114,57 @@ class Authenticator:
         return request
 
 # %% ../nbs/06_handler.ipynb #log-lines-of-a-request
-def _log_request(request: contract.Request, model: str) -> None:
-    _log.info("Processing request: %s", request.request_id)
+_MOST_IN_DETAIL = 10  # jobs in a second that have the specification's four lines each
+
+
+class _Pace:
+    """Counts the jobs of the last second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self._begun: deque[float] = deque(maxlen=_MOST_IN_DETAIL)  # when the last ones began
+
+    def level(self, many: bool) -> int:
+        """Count a job that begins now; return the level of the lines before its last one."""
+        now, is_full = self.clock(), len(self._begun) == _MOST_IN_DETAIL
+        is_high = is_full and now - self._begun[0] < 1.0  # guard: a busy worker logs less
+        self._begun.append(now)
+        return logging.DEBUG if is_high or many else logging.INFO
+
+
+def _log_request(request: contract.Request, model: str, level: int) -> None:
+    facts = {"request_id": request.request_id}
+    _log.log(level, "Processing request: %s", request.request_id, extra=facts)
     if request.model not in (None, model):
         _log.warning(
             "Request %s asks for model %a; answering with %s",
-            request.request_id, request.model, model,
+            request.request_id, request.model, model, extra=facts,
         )
 
 
-def _log_vector(vector: Vector, request_id: str, level: int) -> None:
+def _log_vector(
+    vector: Vector,
+    request_id: str,
+    level: int,  # of the specification's last line
+    detail: int,  # of those before it; if they are not logged, the last line has their content
+) -> None:
     if not _log.isEnabledFor(level):
         return
     if vector.size:
-        _log.log(level, "Image downloaded successfully: %s", vector.size)
-    _log.log(level, "Generated embedding with %d dimensions", len(vector.values))
+        _log.log(detail, "Image downloaded successfully: %s", vector.size)
+    _log.log(detail, "Generated embedding with %d dimensions", len(vector.values))
     total, download, inference = (
         f"{vector.timings[name] / 1e3:.3f}" for name in ("total_ms", "download_ms", "inference_ms")
     )
+    size = f"{vector.size}, " if vector.size else ""
+    more = "" if detail == level else f": {size}{len(vector.values)} dimensions"
     _log.log(
         level,
-        "Request %s completed in %ss (download: %ss, inference: %ss)",
-        request_id, total, download, inference,
+        "Request %s completed in %ss (download: %ss, inference: %ss)%s",
+        request_id, total, download, inference, more,
+        extra={"request_id": request_id, "timings": vector.timings},
     )
+
 
 # %% ../nbs/06_handler.ipynb #reply-or-error
 async def _reply_or_error(
@@ -167,6 +196,7 @@ class Worker:
         self.space = contract.Space(model.model_name, model.pretrained, model.dim, model.space_id)
         self.selftest = Selftest(pipeline, self.space) if selftest else None
         self.lost = False  # True once the device is lost
+        self._pace = _Pace()
         self._tasks: set[Any] = set()  # of the jobs in hand
         pipeline.watchdog.on_lost = self._abandon
         self._unfinished: dict[int, int] = {}  # items without a result, by request
@@ -191,18 +221,18 @@ class Worker:
                 reply = await self.selftest.answer()
             else:
                 request = self.authenticator.authenticate(job_input, request_id)
-                _log_request(request, self.space.model)
-                embed = self.embed_items if request.many else self.embed_item
-                item = () if request.many else request.items
+                detail = self._pace.level(request.many)
+                _log_request(request, self.space.model, detail)
+                one = partial(self.embed_item, item=request.items[0], detail=detail)
                 self._unfinished[id(request)] = len(request.items)
                 try:
-                    reply = await embed(request, *item)
+                    reply = await (self.embed_items if request.many else one)(request)
                 finally:
                     del self._unfinished[id(request)]
             _ensure_json_serializable(reply)  # guard: replies are JSON
         except asyncio.CancelledError:
             if not self.pipeline.watchdog.lost:
-                _log.info("Request %s cancelled", request_id)
+                _log.info("Request %s cancelled", request_id, extra={"request_id": request_id})
                 raise
             reply = _error_reply(self.pipeline.watchdog.error(), request_id)
         except GeneratorExit:
@@ -221,7 +251,12 @@ class Worker:
         for task in self._tasks:
             task.cancel()  # guard: jobs are answered before the process ends
 
-    async def embed_item(self, request: contract.Request, item: contract.Item) -> dict[str, Any]:
+    async def embed_item(
+        self,
+        request: contract.Request,
+        item: contract.Item,
+        detail: int = logging.DEBUG,  # level of the log lines before the last one
+    ) -> dict[str, Any]:
         """Embed one item of a request and build its result; raise WorkerError subclasses."""
         if item.fault:  # guard: an invalid item is an error
             raise item.fault
@@ -232,7 +267,8 @@ class Worker:
         finally:
             if id(request) in self._unfinished:  # else its job has ended: it was cancelled
                 self._unfinished[id(request)] -= 1
-        _log_vector(vector, item.request_id, logging.DEBUG if request.many else logging.INFO)
+        level = logging.DEBUG if request.many else logging.INFO
+        _log_vector(vector, item.request_id, level, detail)
         return contract.success_reply(
             item,
             vector.values,
@@ -255,6 +291,10 @@ class Worker:
         _log.info(
             "Request %s completed in %.3fs (%d %s, %d failed)",
             request.request_id, seconds, reply["count"], request.form, reply["failed"],
+            extra={
+                "request_id": request.request_id, "timings": timings,
+                "counts": {request.form: reply["count"], "failed": reply["failed"]},
+            },
         )
         if any(lost):  # guard: a device lost in one item ends the worker
             reply["refresh_worker"] = True
@@ -367,7 +407,7 @@ def main() -> None:
     try:
         # guard: a GPU host has a GPU
         settings = Settings.from_env(checks=[model_problems, _host_problems])
-        process.set_up_logging(settings.log_level)
+        process.set_up_logging(settings.log_level, settings.log_format)
         with ThreadPoolExecutor(1) as executor:
             sdk = executor.submit(process.import_sdk)
             worker = _load(settings)

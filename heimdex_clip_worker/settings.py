@@ -349,6 +349,8 @@ class Settings:
         "Answer the unsigned `selftest` request, which embeds a photograph from the package")
     log_level: str = _var("LOG_LEVEL", word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO",
         "How much is logged")
+    log_format: str = _var("LOG_FORMAT", word("text", "json"), "text",
+        "`json`: one JSON object a line; `text`: `[INFO] ...`, with the time if RunPod adds none")
 
     @classmethod
     def from_env(

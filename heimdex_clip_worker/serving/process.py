@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -24,21 +27,85 @@ from .. import settings as environment
 from ..model.image import Embedder
 from .intake import Intake
 from .pipeline import Pipeline
-from ..settings import Settings
+from ..settings import Settings, Variable, in_environ
 
 _log = logging.getLogger("heimdex_clip_worker")
 
 # %% auto #0
 __all__ = ['set_up_logging', 'usable_cpus', 'age_s', 'tune', 'import_sdk', 'print_sdk_help', 'stop_taking_jobs', 'serve']
 
+# %% ../../nbs/05d_process.ipynb #for-the-log
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_QUERY = re.compile(r"""(://[^\s?#"'<>]*)[?#][^\s"'<>]*""")
+_USER = re.compile(r"(://)[^\s/?#@]+@")
+
+
+def _without_queries(text: str) -> str:
+    """Cut the user and what follows the path of each URL."""
+    return _USER.sub(r"\1", _QUERY.sub(r"\1?...", text))  # guard: no query in the log
+
+
+def _in_one_line(text: str) -> str:
+    """Write control characters and line breaks as Python would in a string."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)  # guard: a record is a line
+
+
+# %% ../../nbs/05d_process.ipynb #formatters
+_FIELDS = ("request_id", "code", "counts", "timings")  # of a record, by `extra`
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    """Write the time of a record in UTC, to the millisecond."""
+    moment = datetime.fromtimestamp(record.created, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class _Text(logging.Formatter):
+    """Formats a record as `[INFO] text`, after its time if that is wanted."""
+
+    def __init__(self, has_time: bool):
+        super().__init__("%(asctime)s " * has_time + "[%(levelname)s] %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Write the time of a record."""
+        return _time_of(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record as one line."""
+        return _in_one_line(_without_queries(super().format(record)))
+
+
+class _Json(logging.Formatter):
+    """Formats a record as a JSON object in one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record as one line."""
+        parts = {"time": _time_of(record), "level": record.levelname}
+        parts["message"] = super().format(record)
+        known = {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
+        parts |= known
+        return json.dumps({
+            name: _without_queries(part) if isinstance(part, str) else part
+            for name, part in parts.items()
+        })
+
+
 # %% ../../nbs/05d_process.ipynb #set-up-logging
-def set_up_logging(level: str) -> None:
-    """Send this package's log lines to stderr as `[INFO] text`."""
+_POD = Variable("RUNPOD_POD_ID", str, None, "The name of this worker; set by the platform")
+
+
+def set_up_logging(
+    level: str,
+    form: str = "",  # LOG_FORMAT of a worker; empty: of a command, text without the time
+) -> None:
+    """Send this package's log records to stderr, each as one line."""
+    has_time = bool(form) and in_environ({"pod": _POD})["pod"] is None
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
+    handler.setFormatter(_Json() if form == "json" else _Text(has_time))
     _log.handlers, _log.propagate = [handler], False
     _log.setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
 
 # %% ../../nbs/05d_process.ipynb #usable-cpus
 def _numbers_in(path: Path) -> list[int]:

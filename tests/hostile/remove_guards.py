@@ -62,6 +62,7 @@ TESTS = {
         f"{HOSTILE}/test_payload_rows.py",
         f"{HOSTILE}/test_fault_rows.py",
         f"{HOSTILE}/test_many_rows.py",
+        f"{HOSTILE}/test_log.py",
     ],
     "selftest": [f"{HOSTILE}/test_selftest_rows.py"],
     "golden": [f"{HOSTILE}/test_selftest_rows.py"],
@@ -70,7 +71,9 @@ TESTS = {
     "files": ["tests/backfill/test_files.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
-    "process": ["tests/serving/test_host.py", "tests/serving/test_intake.py"],
+    "process": [
+        "tests/serving/test_host.py", "tests/serving/test_intake.py", f"{HOSTILE}/test_log.py",
+    ],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
 }
@@ -286,6 +289,7 @@ HANDLER = [
     ("a device that fails at the start is told", (r"errors\.InferenceFailed", "ZeroDivisionError")),
     ("idle GPUs are told", NEVER),
     ("a GPU host has a GPU", (r", _host_problems", "")),
+    ("a busy worker logs less", (r"= .*", "= False")),
 ]
 SELFTEST = [
     ("true itself", (r" is True", "")),
@@ -336,6 +340,8 @@ PROCESS = [
     ("a quota of CPU time", SKIP),
     ("torch heeds the quota", SKIP),
     ("jobs are taken through the intake", SKIP),
+    ("no query in the log", (r"return .*", "return text")),
+    ("a record is a line", (r"return .*", "return text")),
 ]
 CLIENT = [
     ("a crash loop is not hidden", NEVER),

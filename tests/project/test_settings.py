@@ -61,6 +61,7 @@ WORKER = {  # variable -> field, value of its default
     "MODEL_TIMEOUT_S": ("model_timeout_s", 30.0),
     "CLIP_SELFTEST": ("selftest", "on"),
     "LOG_LEVEL": ("log_level", "INFO"),
+    "LOG_FORMAT": ("log_format", "text"),
 }
 CALLER = {
     "CLIP_INFERENCE_BACKEND": ("backend", "runpod"),
@@ -112,6 +113,7 @@ WORDS = {
     "CLIP_PREPROCESS": ["fast", "exact"],
     "CLIP_SELFTEST": ["on", "off"],
     "LOG_LEVEL": ["DEBUG", "INFO", "WARNING", "ERROR"],
+    "LOG_FORMAT": ["text", "json"],
     "CLIP_INFERENCE_BACKEND": ["runpod", "local", "off"],
 }
 KEY = "k9" * 8

@@ -26,7 +26,7 @@ check: $(CHECK)/.check ## lint, import rules and the tests that need neither tor
 	@FUZZ_EXAMPLES=50 $(CHECK)/bin/python -m pytest -n 2 -q -m "$(QUICK)" $(ARGS)
 
 test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 smoke: .venv/.dev ## run the smoke-test notebook with papermill against a worker started here
 	@$(BIN)/python tests/smoke.py $(ARGS)

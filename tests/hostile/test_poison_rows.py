@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import random
 import socket
 import ssl
@@ -590,6 +591,26 @@ def test_a_surplus_that_arrives_while_reading_pauses_leaves_no_traceback(
     length, is_kept = asyncio.run(read_slowly(script, size, asyncio.Event(), wait_s=0.2))
     assert length <= size and not is_kept
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_response_on_a_kept_connection_is_not_kept(scheme: str) -> None:
+    """Its parser refers to it, and it to its parser: only a collection would free its body."""
+    site, alive = Site(rows_poison.respond, scheme), []
+
+    async def work(fetcher: Fetcher) -> None:
+        for _ in range(3):
+            assert await end_of(fetcher, site.url("1")) == "ok"
+        await asyncio.sleep(0.05)
+        alive.extend(o for o in gc.get_objects() if isinstance(o, connection.Response))
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(site.run(work))
+    finally:
+        gc.enable()
+    assert alive == []
 
 
 class Busy:

@@ -16,7 +16,7 @@ __all__ = ['CALLER_CODES', 'WorkerError', 'InvalidRequest', 'AuthFailed', 'AuthE
            'UnsupportedFormat', 'ImageLimits', 'DecodeFailed', 'InferenceFailed', 'InternalError', 'StartError',
            'SettingsError', 'ModelError', 'NoTextTower', 'to_reply', 'error_table', 'ClipInferenceError',
            'ClipInferenceSetupError', 'ClipInferenceAuthError', 'ClipInferenceNetworkError',
-           'ClipInferenceTimeoutError', 'without_query', 'redact_urls']
+           'ClipInferenceTimeoutError', 'without_query', 'redact_urls', 'install_command']
 
 # %% ../nbs/00_errors.ipynb #the-tree
 __doc__ = """Every way in which a request, a call or the start of a worker can fail.
@@ -380,3 +380,10 @@ def redact_urls(text: str) -> str:
     """Remove user, password, query and fragment from every URL in a text."""
     url = r"(?:[A-Za-z][A-Za-z0-9+.-]+:[/\\]|[/\\]{2})\S*"
     return re.sub(url, lambda match: without_query(match[0]), text)
+
+# %% ../nbs/00_errors.ipynb #install-command
+def install_command(extra: str) -> str:
+    """Write the command that installs this package with an extra."""
+    source = "git+https://github.com/heimdex/heimdex-clip-worker"
+    return f"pip install 'heimdex-clip-worker[{extra}] @ {source}'"
+

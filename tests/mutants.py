@@ -98,9 +98,10 @@ TESTS = {
     "model.photos": ["tests/model/test_preprocess.py"],
     "model.preprocess": ["tests/model/test_preprocess.py", f"{S}decode.py", f"{H}image_rows.py"],
     "model.tower": ["tests/model/test_tower.py", "tests/model/test_embed.py"],
-    "model.golden": [f"{H}selftest_rows.py", "tests/model/test_embed.py",
-                     "tests/model/test_bake.py"],
-    "model.artifact": ["tests/model/test_embed.py", "tests/model/test_bake.py"],
+    "model.golden": ["tests/model/test_manifest.py", f"{H}selftest_rows.py",
+                     "tests/model/test_embed.py", "tests/model/test_bake.py"],
+    "model.artifact": ["tests/model/test_manifest.py", "tests/model/test_embed.py",
+                       "tests/model/test_bake.py"],
     "model": ["tests/model/test_embed.py", "tests/model/test_tower.py", f"{S}decode.py",
               f"{H}fault_rows.py"],
 }  # fmt: skip

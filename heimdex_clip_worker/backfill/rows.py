@@ -12,6 +12,8 @@ from decimal import Decimal
 from typing import Any, Protocol
 from uuid import UUID
 
+from ..errors import install_command
+
 # %% auto #0
 __all__ = ['SUCCESS_FACTS', 'FAILURE_FACTS', 'TIME_FORMAT', 'BackfillError', 'UsageError', 'Outage', 'import_extra', 'RowError',
            'Row', 'read_row', 'RowResult', 'success', 'failure', 'Selection', 'RowSource', 'Sink']
@@ -39,7 +41,7 @@ def import_extra(
     except ImportError as error:
         package = module.partition(".")[0]
         raise BackfillError(
-            f"{needs} {package} ({error}): pip install 'heimdex-clip-worker[backfill]'"
+            f"{needs} {package} ({error}): {install_command('backfill')}"
         ) from error
 
 # %% ../../nbs/11_rows.ipynb #row

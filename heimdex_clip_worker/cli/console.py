@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Any
 
-from ..errors import redact_urls
+from ..errors import install_command, redact_urls
 
 # %% auto #0
 __all__ = ['Status', 'CommandError', 'say', 'printable', 'is_url', 'table', 'Progress', 'progress_bar', 'needs']
@@ -159,5 +159,5 @@ def needs(
     except ImportError as error:
         raise CommandError(
             f"{what} needs the package {error.name}: "
-            f"pip install 'heimdex-clip-worker[{extra}]'"
+            f"{install_command(extra)}"
         ) from error

@@ -32,7 +32,7 @@ from ..model.photos import PHOTOS
 from ..settings import environment_for, worker_variables
 
 # %% auto #0
-__all__ = ['has_real_weights', 'seeded_checkpoint', 'serve_folder', 'add_arguments', 'run']
+__all__ = ['has_real_weights', 'seeded_checkpoint', 'add_arguments', 'run']
 
 # %% ../../nbs/13_demo.ipynb #check-packages
 _PACKAGES = ("torch", "torchvision", "open_clip", "safetensors", "huggingface_hub", "PIL")
@@ -123,7 +123,7 @@ def _choose_weights(folder: Path) -> dict[str, str]:
 
 # %% ../../nbs/13_demo.ipynb #photo-server
 @contextlib.contextmanager
-def serve_folder(folder: Path) -> Iterator[str]:
+def _serve_folder(folder: Path) -> Iterator[str]:
     """Serve `folder` over HTTP on this machine; yield the base URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -213,7 +213,7 @@ def embed_photo(photo: Path, folder: Path) -> None:
     own = worker_variables()  # CLIP_DEVICE=cpu helps where torch cannot use the GPU
     variables |= {name: own[name] for name in ("CLIP_DEVICE",) if name in own}
     print("Starting the worker's local server ...", flush=True)
-    with serve_folder(photo.parent) as photos, run_worker(variables) as worker:
+    with _serve_folder(photo.parent) as photos, run_worker(variables) as worker:
         url = f"{photos}/{quote(photo.name)}"
         auth = sign(url, secret=secret, ts=int(time.time()))
         body = {"input": {"image_url": url, "request_id": "demo", "auth": auth}}

@@ -30,6 +30,7 @@ from . import queue as queues
 from .queue import Behaviour, CallRefused, InjectedFault, Job, JobQueue
 from .scaling import Scaler
 from .supervisor import SupervisedProcess
+from ..errors import install_command
 
 _log = logging.getLogger(__name__)
 
@@ -412,7 +413,7 @@ async def respond(
     return web.json_response(text=text) if text else web.Response(status=204)
 
 # %% ../../nbs/12_platform.ipynb #server
-_NEEDS_AIOHTTP = "the local platform needs aiohttp: pip install 'heimdex-clip-worker[worker]'"
+_NEEDS_AIOHTTP = f"the local platform needs aiohttp: {install_command('worker')}"
 
 
 class EmulatorServer:

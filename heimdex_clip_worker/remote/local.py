@@ -158,7 +158,7 @@ class LocalBackend:
                 raise
             message = (
                 f"CLIP_INFERENCE_BACKEND=local needs the worker's packages, and {error.name} is "
-                "missing: pip install 'heimdex-clip-worker[worker]'"
+                f"missing: {errors.install_command('worker')}"
             )
             raise errors.ClipInferenceSetupError(message, code="WORKER_EXTRA_MISSING") from error
         return cls(own)

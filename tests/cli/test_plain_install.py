@@ -44,7 +44,10 @@ for line in LINES:
     texts = [stream.buffer.getvalue().decode() for stream in streams]
     print(json.dumps([status, *texts]), flush=True)
 """
-NAMES = r"\[ERROR\] .+ needs (the package )?\w+( \(.*\))?: pip install 'heimdex-clip-worker\[{}\]'"
+NAMES = (
+    r"\[ERROR\] .+ needs (the package )?\w+( \(.*\))?: "
+    r"pip install 'heimdex-clip-worker\[{}\] @ git\+https://github.com/heimdex/heimdex-clip-worker'"
+)
 WORKER, BACKFILL = NAMES.format("worker"), NAMES.format("backfill")
 CASES = {  # the command's words -> status, and a line on stderr
     "demo": (1, WORKER),

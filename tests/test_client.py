@@ -318,7 +318,9 @@ def test_an_unreachable_platform_is_reported_at_the_deadline(photos):
     env |= {"RUNPOD_CLIP_ENDPOINT_ID": "abc", "EMBEDDING_HMAC_SECRET": SECRET}
     with ClipClient.from_env(env, timeout_s=1) as client:
         assert error_of(client.embed_image_url, photos.photo()).code == "UNREACHABLE"
-        assert client.health_check()["status"] == "unreachable"
+        health = client.health_check()
+        assert health["status"] == "unreachable"
+        assert health["message"].startswith("The platform does not answer. ")
 
 
 def test_a_queued_job_is_polled_through_failures(connect, platform, photos):

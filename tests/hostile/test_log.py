@@ -122,11 +122,12 @@ class Moments:
 def test_the_eleventh_job_of_a_second_is_one_too_many() -> None:
     clock = Moments()
     pace = _Pace(clock)
-    assert [pace.is_high() for _ in range(12)] == [False] * 10 + [True] * 2
+    levels = [pace.level(many=False) for _ in range(12)]
+    assert levels == [logging.INFO] * 10 + [logging.DEBUG] * 2
     clock.now += 0.999
-    assert pace.is_high()
+    assert pace.level(many=False) == logging.DEBUG
     clock.now += 1.0
-    assert not pace.is_high()
+    assert pace.level(many=False) == logging.INFO
 
 
 async def answered(jobs: list[dict]) -> list[dict]:

@@ -257,7 +257,10 @@ class Pipeline:
 
     async def warm_up(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function in the model's thread; raise InferenceFailed if it does not return."""
-        return await self._model_pool.run(function, *args)
+        try:
+            return await self._model_pool.run(function, *args)
+        finally:
+            self.watchdog.rest()
 
     async def close(self) -> None:
         """Close the connections and end the threads that do not hang."""

@@ -269,6 +269,7 @@ class Watchdog:
         self._pools: list[_Threads] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_beating = False
+        self._next_beat: asyncio.TimerHandle | None = None
 
     def threads(
         self,
@@ -308,6 +309,16 @@ class Watchdog:
             self._is_beating = True
             self._beat()
 
+    def rest(self) -> None:
+        """Stop the beats and the timer if there is no call in hand: the event loop may end now."""
+        if any(pool.in_hand for pool in self._pools) or self.lost:
+            return
+        self._is_beating = False
+        if self._next_beat:
+            self._next_beat.cancel()
+        if self.ends_process:
+            self._set_timer()  # guard: an idle worker has no timer
+
     def lose(self, detail: str) -> None:
         """Fail every call, now and later, and end the process soon."""
         if self.lost:
@@ -338,7 +349,7 @@ class Watchdog:
             return
         self._is_beating = any(pool.in_hand for pool in self._pools)
         if self._is_beating:
-            self._loop.call_later(_BEAT_S, self._beat)
+            self._next_beat = self._loop.call_later(_BEAT_S, self._beat)
         if self.ends_process:
             self._set_timer()
 

@@ -280,3 +280,13 @@ def test_an_idle_worker_has_no_timer_and_a_busy_one_has_one(monkeypatch):
 
     first, then, idle = asyncio.run(timers())
     assert (first, idle) == (1, 0) and then <= 1
+
+
+def test_a_worker_without_a_job_lives_on(platform, photos, tmp_path):
+    """The check before the first job has an event loop of its own, and no beat after its call."""
+    with worker(platform, tmp_path) as process:
+        taking(platform, process)
+        time.sleep(FIRST_LIMIT_S + watchdog_module._SILENCE_S + 1.5)
+        assert process.process.poll() is None, process.tail()
+        assert platform.runsync(signed(photos.photo()))["status"] == "COMPLETED"
+        process.process.send_signal(signal.SIGKILL)

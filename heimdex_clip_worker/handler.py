@@ -258,11 +258,11 @@ class Worker:
         detail: int = logging.DEBUG,  # level of the log lines before the last one
     ) -> dict[str, Any]:
         """Embed one item of a request and build its result; raise WorkerError subclasses."""
-        if item.fault:  # guard: an invalid item is an error
-            raise item.fault
         is_text = request.form in contract.TEXTS
         embed = self.pipeline.embed_text if is_text else self.pipeline.embed_url
         try:
+            if item.fault:  # guard: an invalid item is an error
+                raise item.fault
             vector = await embed(item.source, item.normalize, job=id(request))
         finally:
             if id(request) in self._unfinished:  # else its job has ended: it was cancelled

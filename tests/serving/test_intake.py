@@ -25,9 +25,10 @@ IMAGE_S = "0.003"  # of the fake model: 128 images take 0.4 s
 START_S = 60
 
 
-def of_many(url: str, count: int) -> dict:
-    """Make the signed input of a job of `count` images."""
-    fields = {"images": [{"image_url": url}] * count, "encoding_format": "base64"}
+def of_many(urls: list[str]) -> dict:
+    """Make the signed input of a job of several images."""
+    images = [{"image_url": url} for url in urls]
+    fields = {"images": images, "encoding_format": "base64"}
     now = int(time.time())
     about = {"audience": "heimdex-clip", "ts": now, "exp": now + 600, "nonce": new_nonce()}
     return {**fields, "auth": sign_v2(fields, kid="v1", secret=SECRET, **about)}
@@ -71,7 +72,7 @@ def test_three_workers_share_forty_jobs_of_128_images(tmp_path, photos):
     ):
         small = [platform.submit(signed(f"{photos.url}/tiny.png")) for _ in range(60)]
         with all_at_once(platform):
-            large = [platform.submit(of_many(f"{photos.url}/tiny.png", 128)) for _ in range(40)]
+            large = [platform.submit(of_many([f"{photos.url}/tiny.png"] * 128)) for _ in range(40)]
         states = platform.wait([*small, *large], 50)
     assert {state["status"] for state in states} == {"COMPLETED"}
     replies = [state["output"] for state in states[60:]]
@@ -87,7 +88,8 @@ def test_a_worker_has_no_more_large_jobs_in_hand_than_it_needs(tmp_path, photos)
     photos.hold()
     with EmulatorServer() as platform, workers(tmp_path, platform, MAX_IMAGES_IN_HAND="200"):
         with all_at_once(platform):
-            jobs = [platform.submit(of_many(f"{photos.url}/held/tiny.png", 128)) for _ in range(8)]
+            urls = [f"{photos.url}/held/tiny.png"] * 128
+            jobs = [platform.submit(of_many(urls)) for _ in range(8)]
         platform.until(lambda _: photos.hits["/held/tiny.png"] >= 16, 20, "no downloads")
         time.sleep(0.5)
         assert platform.health()["jobs"] == {
@@ -105,7 +107,7 @@ def test_the_scaler_sees_the_jobs_that_a_worker_leaves_in_the_queue(tmp_path, ph
     with Emulator(**scaling, **options) as platform:
         platform.wait_ready(START_S)
         for _ in range(8):
-            platform.submit(of_many(f"{photos.url}/held/tiny.png", 128))
+            platform.submit(of_many([f"{photos.url}/held/tiny.png"] * 128))
         platform.until(lambda _: len(platform.processes) == 3, 10, "three workers are started")
         assert len(platform.queue.workers["pod-1"].jobs) == 1
         photos.release()
@@ -121,6 +123,21 @@ def test_64_jobs_of_one_image_are_in_hand_at_once(tmp_path, photos):
         assert platform.health()["jobs"]["inProgress"] == 64
         photos.release()
         assert {state["status"] for state in platform.wait(jobs, 30)} == {"COMPLETED"}
+
+
+def test_items_that_have_failed_are_not_in_hand(tmp_path, photos):
+    """Three of four images have no valid URL; with the fourth, fewer than two are left to do."""
+    photos.hold()
+    held, before = f"{photos.url}/held/tiny.png", photos.hits["/held/tiny.png"]
+    with EmulatorServer() as platform, workers(tmp_path, platform, MAX_IMAGES_IN_HAND="2"):
+        job = platform.submit(of_many([held, "ftp://a/b", "none", ""]))
+        platform.until(lambda _: photos.hits["/held/tiny.png"] > before, 10, "a download")
+        other = platform.runsync(signed(f"{photos.url}/tiny.png"), 10)
+        assert other["status"] == "COMPLETED"
+        assert platform.status(job)["status"] == "IN_PROGRESS"
+        photos.release()
+        [state] = platform.wait([job], 10)
+        assert state["output"]["failed"] == 3
 
 
 def test_sigterm_takes_no_more_jobs_while_images_are_in_hand(tmp_path, photos):

@@ -624,8 +624,8 @@ class Emulator(EmulatorServer):
 
     def __enter__(self) -> Any:
         super().__enter__()
-        self.queue.on_stop_pod = lambda pod: self.processes[pod].terminate()
-        self.queue.on_time_out = self.kill
+        self.queue.on_stop_pod = self._restart
+        self.queue.on_time_out = self._kill_or_lose
         for pod in self.pods:
             if not self.queue.workers[pod].stopped:
                 self.processes[pod] = self._start(pod)
@@ -670,6 +670,14 @@ class Emulator(EmulatorServer):
             on_exit=lambda crashed: self.call(self.queue.lose, pod, unhealthy=crashed),
             pause_s=self.pause_s,
         )
+
+    def _restart(self, pod: str) -> None:
+        if process := self.processes.get(pod):  # else somebody else has started it
+            process.terminate()
+
+    def _kill_or_lose(self, pod: str) -> None:
+        act = self.kill if pod in self.processes else self.queue.lose
+        act(pod)
 
     def kill(self, pod: str = "pod-1") -> None:
         """Kill a worker in the middle of its work; it is restarted."""

@@ -36,8 +36,8 @@ __all__ = ['set_up_logging', 'usable_cpus', 'age_s', 'tune', 'import_sdk', 'prin
 
 # %% ../../nbs/05d_process.ipynb #for-the-log
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_QUERY = re.compile(r"""(://[^\s?#"'<>]*)[?#][^\s"'<>]*""")
-_USER = re.compile(r"(://)[^\s/?#@]+@")
+_QUERY = re.compile(r"(://[^\s?#]*)[?#]\S*")  # a quote or bracket may be part of a query
+_USER = re.compile(r"(://)[^\s/?#]+@")
 
 
 def _without_queries(text: str) -> str:

@@ -179,7 +179,11 @@ class _Threads:
         self._watchdog.enter()
         call = _Call(function, args, weight, self._finish)
         self.in_hand.add(call)
-        self._start_thread()
+        try:
+            self._start_thread()
+        except RuntimeError:  # there is no thread at all
+            self.in_hand.discard(call)
+            raise
         self._calls.put(call)
         self._watchdog.watch()
         return await call.future
@@ -193,6 +197,8 @@ class _Threads:
         for thread in [*self._threads]:
             if call := thread.give_up(self.limit_s):
                 self._replace(thread, call)
+        with suppress(RuntimeError):  # the next beat tries it again
+            self._start_thread()
 
     def fail(self, error: Exception) -> None:
         """Fail every call in hand, those that wait for a thread and those that run."""
@@ -251,7 +257,6 @@ class _Threads:
         if sum(self._stuck.values()) >= self._most_stuck:  # guard: what hangs is bounded
             self._watchdog.lose(detail)
         self._finish(call, None, self._failure(detail=detail))
-        self._start_thread()
 
 # %% ../../nbs/05aa_watchdog.ipynb #watchdog-itself
 _BEAT_S = 0.5  # between two looks at the calls

@@ -649,6 +649,17 @@ def test_a_worker_that_asks_for_a_refresh_is_restarted(emulator):
     assert not emulator.queue.workers[pod].unhealthy
 
 
+def test_a_worker_that_was_started_by_hand_may_ask_for_a_refresh_or_be_too_slow():
+    with Emulator(env={}, workers=0, timeout_stops_worker=True, min_execution_timeout_s=0) as one:
+        done, slow = one.submit({}), one.submit({}, policy={"executionTimeout": 200})
+        assert take(one) == done
+        assert reply(one, done, output={}, stopPod=True) == 200
+        assert one.status(done)["status"] == "COMPLETED"
+        assert take(one) == slow
+        one.wait([slow], 5)
+        one.until(lambda queue: "pod-1" not in queue.workers, 5, "it is not lost")
+
+
 def test_a_crash_loop_is_unhealthy_and_slows_down(tmp_path):
     crash = [sys.executable, "-c", "raise SystemExit('the weights are missing')"]
     with Emulator(command=crash, env=plain_env(tmp_path), pause_s=0.3) as emulator:

@@ -18,11 +18,12 @@ import torch
 from local_worker import FAKE, PhotoServer, WorkerProcess, is_alive, plain_env, signed
 
 from heimdex_clip_worker.emulator.server import EmulatorServer
-from heimdex_clip_worker.errors import InferenceFailed, WorkerError
+from heimdex_clip_worker.errors import DecodeFailed, InferenceFailed, WorkerError
 from heimdex_clip_worker.serving import pipeline as pipeline_module
 from heimdex_clip_worker.serving import watchdog as watchdog_module
 from heimdex_clip_worker.serving.decode import NeedsMemory, PixelLimits
 from heimdex_clip_worker.serving.pipeline import Pipeline, _Prepared
+from heimdex_clip_worker.serving.watchdog import Watchdog
 
 pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.server]
 
@@ -230,6 +231,37 @@ def test_a_text_tower_whose_load_never_returns():
 
     limit = "within 0.4 s (4 times MODEL_TIMEOUT_S)"
     assert asyncio.run(detail()) == f"watchdog: the text thread did not return {limit}"
+
+
+def test_calls_wait_while_no_thread_is_to_be_had(monkeypatch):
+    """A thread that hangs cannot be replaced at once. The beats go on, and try it again."""
+    monkeypatch.setattr(watchdog_module, "_BEAT_S", 0.1)
+    release, start, may_start = threading.Event(), threading.Thread.start, [True]
+
+    def start_if_allowed(thread: threading.Thread) -> None:
+        if not may_start[0]:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+
+    async def results() -> list[object]:
+        watchdog = Watchdog()
+        decoders = watchdog.decode_threads(1, int, 0.2)
+        heavy = decoders.run(release.wait, weight=0.5)
+        work = asyncio.gather(heavy, decoders.run(divmod, 7, 2), return_exceptions=True)
+        await asyncio.sleep(0.05)
+        may_start[0] = False
+        await asyncio.sleep(0.5)  # the first call has failed
+        with pytest.raises(RuntimeError):
+            await watchdog.threads(1, "model").run(int)
+        may_start[0] = True
+        results = await asyncio.wait_for(work, 5)
+        await asyncio.sleep(0.2)
+        release.set()
+        return [type(results[0]), results[1], watchdog._is_beating]
+
+    assert asyncio.run(results()) == [DecodeFailed, (3, 1), False]
 
 
 def run_program(text: str) -> tuple[int, str]:

@@ -82,7 +82,7 @@ _BLANK = "|".join(  # a whole value; a W is any words
 
 def refuse_template(text: str) -> str:
     """Return `text` unchanged; raise ValueError if it holds a template instead of a value."""
-    if secret := re.search(r"RUNPOD_SECRET_(\w{1,64})", text, re.IGNORECASE):
+    if secret := re.search(r"RUNPOD_SECRET_([\w.-]{1,64})", text, re.IGNORECASE):
         raise ValueError(
             f"holds {{{{ RUNPOD_SECRET_{secret[1]} }}}}, which RunPod did not replace: make a "
             "secret of that name in its console, or set the value itself"

@@ -105,7 +105,7 @@ def read_pairs(pairs: Iterable[str]) -> dict[str, str]:
 
 # %% ../../nbs/15_deploy.ipynb #merge-variables
 _OF_A_GPU = {"CLIP_DEVICE": "cuda"}  # unless the endpoint or the command says otherwise
-_BY_RUNPOD = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}", re.IGNORECASE)  # inserted at a start
+_BY_RUNPOD = re.compile(r"\{\{\s*RUNPOD_SECRET_[\w.-]+\s*\}\}", re.IGNORECASE)  # at a start
 
 
 def _some_keys() -> dict[str, str]:

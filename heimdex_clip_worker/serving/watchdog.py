@@ -157,7 +157,7 @@ class _Threads:
         self._watchdog, self._count, self._name, self._prepare = watchdog, count, name, prepare
         self._limit_s, self._limit_name = limit_s, limit_name
         self._most_stuck, self._failure = most_stuck, failure
-        self.is_first = bool(limit_name)  # whether no call has returned yet
+        self.is_first = bool(limit_name)  # whether no call has had a result yet
         self.in_hand: set[_Call] = set()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._threads: list[_Thread] = []
@@ -235,12 +235,12 @@ class _Threads:
     def _finish(self, call: _Call, result: Any, error: BaseException | None) -> None:
         """Give an outcome to the task that awaits it, if it still does."""
         self.in_hand.discard(call)
-        if call.future.done():  # cancelled, or given up before
+        if call.future.done() or call.future.get_loop().is_closed():  # nothing awaits it
             return
-        self.is_first = False
         if error is not None:
             call.future.set_exception(error)
         else:
+            self.is_first = False
             call.future.set_result(result)
 
     def _replace(self, thread: _Thread, call: _Call) -> None:

@@ -255,7 +255,7 @@ def test_several_gpus_for_a_worker_are_not_accepted(api, command, monkeypatch, e
 
 def test_a_secret_that_runpod_inserts_is_kept_and_not_checked(api, command):
     own = {VARIABLE: "{{ RUNPOD_SECRET_clip }}", "EMBEDDING_HMAC_KEYS": "{{RUNPOD_SECRET_keys}}"}
-    api.add("heimdex-clip", env={**own, "MAX_BATCH_SIZE": "{{ RUNPOD_SECRET_batch }}"})
+    api.add("heimdex-clip", env={**own, "MAX_BATCH_SIZE": "{{ RUNPOD_SECRET_batch-1.b }}"})
     status, _, err = command("--image", IMAGE)
     [endpoint] = api.endpoints.values()
     assert status == 0 and endpoint["env"].items() >= own.items(), err

@@ -264,6 +264,36 @@ def test_calls_wait_while_no_thread_is_to_be_had(monkeypatch):
     assert asyncio.run(results()) == [DecodeFailed, (3, 1), False]
 
 
+def test_a_first_call_that_fails_leaves_the_next_one_its_time():
+    async def limits() -> list[float]:
+        model, seen = Watchdog(1).threads(1, "model"), []
+        for function in (lambda: 1 / 0, int):
+            with contextlib.suppress(ZeroDivisionError):
+                await model.run(function)
+            seen.append(model.limit_s)
+        return seen
+
+    assert asyncio.run(limits()) == [4, 1]
+
+
+def test_a_call_of_a_loop_that_was_closed_does_not_end_the_beats(monkeypatch):
+    monkeypatch.setattr(watchdog_module, "_BEAT_S", 0.1)
+    watchdog, release = Watchdog(), threading.Event()
+    decoders, loop = watchdog.decode_threads(3, int, 0.2), asyncio.new_event_loop()
+    left = loop.create_task(decoders.run(release.wait))
+    loop.run_until_complete(asyncio.sleep(0.05))
+    loop.close()
+
+    async def hang() -> None:
+        for _ in range(2):
+            await decoders.run(time.sleep, 0.5)
+
+    with pytest.raises(DecodeFailed):
+        asyncio.run(asyncio.wait_for(hang(), 5))
+    release.set()
+    left._log_destroy_pending = False
+
+
 def run_program(text: str) -> tuple[int, str]:
     """Run a program; return its status and what it wrote to stderr."""
     header = "import asyncio, ctypes, threading, time\n"

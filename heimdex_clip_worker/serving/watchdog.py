@@ -235,6 +235,7 @@ class _Threads:
     def _finish(self, call: _Call, result: Any, error: BaseException | None) -> None:
         """Give an outcome to the task that awaits it, if it still does."""
         self.in_hand.discard(call)
+        self._watchdog.rest_soon()
         if call.future.done() or call.future.get_loop().is_closed():  # nothing awaits it
             return
         if error is not None:
@@ -260,6 +261,7 @@ class _Threads:
 
 # %% ../../nbs/05aa_watchdog.ipynb #watchdog-itself
 _BEAT_S = 0.5  # between two looks at the calls
+_REST_S = 0.05  # from the last call to the beat that stops the timer
 _SILENCE_S = 3.0  # how long the beats may be late before the timer in C ends the process
 
 
@@ -313,6 +315,15 @@ class Watchdog:
         if not self._is_beating:
             self._is_beating = True
             self._beat()
+
+    def rest_soon(self) -> None:
+        """Let the next beat come soon if there is no call in hand."""
+        if any(pool.in_hand for pool in self._pools) or not (self._is_beating and self._next_beat):
+            return
+        if self._next_beat.when() > self._loop.time() + _REST_S:
+            self._next_beat.cancel()
+            # guard: a worker may be frozen right after a job
+            self._next_beat = self._loop.call_later(_REST_S, self._beat)
 
     def rest(self) -> None:
         """Stop the beats and the timer if there is no call in hand: the event loop may end now."""

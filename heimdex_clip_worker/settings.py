@@ -74,9 +74,10 @@ def matching(pattern: str, what: str) -> Callable[[str], str]:
 
 # %% ../nbs/01_settings.ipynb #unfilled
 _TEMPLATE = r"\{\{[^{}]*\}\}|\$\{[a-z_]\w*([:?+=-][^}]*)?\}|RUNPOD_SECRET_"  # part of a value
+_NAME = r"(?-i:\$([A-Z_][A-Z0-9_]*|[a-z_][a-z0-9_]*))"  # $upperCase1 may be a password
 _BLANK = "|".join(  # a whole value; a W is any words
     part.replace("W", r"[\w ,.:'/-]*")
-    for part in ("<W>", r"\[W\]", r"\{W\}", "`W`", r"\$\(W\)", r"\$\w+", r"%\w+%", r".*(\.\.\.|…)")
+    for part in ("<W>", r"\[W\]", r"\{W\}", "`W`", r"\$\(W\)", _NAME, r"%\w+%", r".*(\.\.\.|…)")
 )
 
 

@@ -348,6 +348,11 @@ def test_a_name_of_runpods_is_told_and_nothing_else_that_is_in_braces() -> None:
         assert KEY not in problem and "placeholder" in problem
 
 
+@pytest.mark.parametrize("text", ["$uper-Trouper-1980", "$uperTrouperOf1980", "a$TROUPERS_OF_80"])
+def test_a_password_with_a_dollar_is_no_template(text: str) -> None:
+    assert read(Settings, {"EMBEDDING_HMAC_SECRET": text}).hmac_secret == text
+
+
 @pytest.mark.parametrize("text", [*sorted(_PUBLISHED), _OF_THE_HUB])
 def test_a_published_secret_is_refused_and_not_repeated(text: str) -> None:
     for env in (

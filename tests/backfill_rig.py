@@ -128,7 +128,7 @@ class Rig:
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         process = subprocess.Popen(
             [sys.executable, "-c", command, *map(str, words)],
-            env=plain_env(self.home, **self.platform.caller_env(), **env),
+            env=plain_env(self.home, **{**self.platform.caller_env(), **env}),
             stdin=subprocess.DEVNULL, stdout=log, text=True,
             stderr=subprocess.STDOUT if stderr is None else stderr,
         )  # fmt: skip

@@ -62,6 +62,8 @@ TESTS = {
                 f"{H}selftest_rows.py", "nbs/10a_local.ipynb", f"{S}production_loop.py"],
     "remote": ["nbs/10_client.ipynb", "tests/test_client.py", "tests/remote/test_local_server.py"],
     "backfill.run": ["nbs/13h_backfill.ipynb", "tests/backfill/test_backfill.py"],
+    "backfill.postgres": ["tests/backfill/test_table.py", "nbs/11d_backfill.ipynb",
+                          "nbs/13h_backfill.ipynb", "tests/backfill/test_backfill.py"],
     "backfill.supabase": ["tests/backfill/test_storage_standin.py"],
     "backfill": ["nbs/11d_backfill.ipynb", "nbs/13h_backfill.ipynb",
                  "tests/backfill/test_backfill.py"],

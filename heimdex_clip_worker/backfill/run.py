@@ -411,7 +411,6 @@ class Run:
                 self._retry(batch, sent_at, str(error))
             except (BackfillError, ClipInferenceError) as error:
                 if isinstance(error, BackfillError) or not error.retryable:
-                    self._retries.append(batch)  # so that `_release` releases its rows
                     raise
                 self._retry(batch, sent_at, str(RowError(error.code, str(error))))
 

@@ -128,6 +128,23 @@ def test_a_wrong_secret_ends_the_run_and_fails_no_row(world: Rig) -> None:
     assert count_ends(world, "refused") == 0 and count_leases(world, "refused") == 0
 
 
+def test_a_refusal_in_the_middle_of_a_run_releases_the_rows_of_its_job(world: Rig) -> None:
+    world.fill("broken_off", 1500)
+    process = world.start_on_table("broken_off", "--batch", 8, "--in-flight", 2)
+    wait_until(lambda: count_ends(world, "broken_off") > 0)
+    world.platform.behaviour.fail("caller", *[401] * 50)
+    assert exit_status(process, 60) == 1 and "goes on from here" in output_of(process)
+    world.platform.behaviour.faults.clear()
+    assert count_leases(world, "broken_off") == 0 and 0 < count_ends(world, "broken_off") < 1500
+
+
+def test_without_a_backend_there_is_nothing_to_run(world: Rig) -> None:
+    world.fill("off", 5)
+    process = world.start_on_table("off", CLIP_INFERENCE_BACKEND="off")
+    assert exit_status(process, 30) == 2
+    assert "CLIP_INFERENCE_BACKEND is off" in output_of(process)
+
+
 def test_a_run_in_which_every_row_failed_has_failed(world: Rig, tmp_path: Path) -> None:
     world.fill("hopeless", 0)
     source = tmp_path / "scenes.csv"

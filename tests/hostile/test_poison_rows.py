@@ -429,7 +429,8 @@ def test_no_place_is_lost_whatever_happens(scheme: str, seed: int) -> None:
     asyncio.run(site.run(work))
 
 
-def test_a_session_is_resumed_where_the_server_offers_it() -> None:
+def site_that_notes_sessions() -> tuple[Site, list[bool]]:
+    """Make a site that closes each connection, and a list of whether its session was resumed."""
     reused: list[bool] = []
 
     async def once(peer: Peer) -> None:
@@ -437,7 +438,11 @@ def test_a_session_is_resumed_where_the_server_offers_it() -> None:
         reused.append(peer.writer.get_extra_info("ssl_object").session_reused)
         await peer.send(full(b"/1", b"Connection: close"))
 
-    site = Site(once, "https")
+    return Site(once, "https"), reused
+
+
+def test_a_session_is_resumed_where_the_server_offers_it() -> None:
+    site, reused = site_that_notes_sessions()
 
     async def work(fetcher: Fetcher) -> list[str]:
         ends = [await end_of(fetcher, site.url("1")) for _ in range(3)]
@@ -450,14 +455,7 @@ def test_a_session_is_resumed_where_the_server_offers_it() -> None:
 def test_a_resumed_session_gets_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate was checked in the first handshake only."""
     monkeypatch.setattr(connection, "_SESSION_S", 0.6)
-    reused: list[bool] = []
-
-    async def once(peer: Peer) -> None:
-        await peer.read_request()
-        reused.append(peer.writer.get_extra_info("ssl_object").session_reused)
-        await peer.send(full(b"/1", b"Connection: close"))
-
-    site = Site(once, "https")
+    site, reused = site_that_notes_sessions()
 
     async def work(fetcher: Fetcher) -> list[str]:
         ends = []
@@ -471,14 +469,7 @@ def test_a_resumed_session_gets_no_more_time(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_session_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_SESSION_S", -1.0)
-    reused: list[bool] = []
-
-    async def once(peer: Peer) -> None:
-        await peer.read_request()
-        reused.append(peer.writer.get_extra_info("ssl_object").session_reused)
-        await peer.send(full(b"/1", b"Connection: close"))
-
-    site = Site(once, "https")
+    site, reused = site_that_notes_sessions()
 
     async def work(fetcher: Fetcher) -> list[str]:
         return [await end_of(fetcher, site.url("1")) for _ in range(2)]

@@ -9,6 +9,11 @@ UV := uv==0.13.9
 # What a test needs beyond Python, as markers: see pyproject.toml.
 QUICK := not model and not process and not postgres and not server and not image
 
+# Some tests hold a limit of time or memory, and several processes share the cores: what fails there must
+# pass alone. Status 1 means that tests failed, and nothing else.
+or_alone = || { [ $$? = 1 ] && echo "The tests that failed run once more, one at a time." && \
+	$(1) --last-failed --last-failed-no-failures none $(ARGS); }
+
 .DEFAULT_GOAL := help
 .PHONY: help demo check test smoke soak fuzz guards bench gpu-kit gpu-check image-test lint lab docs showcase export readme lock clean
 .NOTPARALLEL:
@@ -23,10 +28,10 @@ demo: .venv/.worker ## set up, start the worker here, send it one signed photogr
 check: $(CHECK)/.check ## lint, import rules and the tests that need neither torch nor a server
 	@$(CHECK)/bin/ruff check .
 	@$(CHECK)/bin/lint-imports --no-logo
-	@FUZZ_EXAMPLES=50 $(CHECK)/bin/python -m pytest -n 2 -q -m "$(QUICK)" $(ARGS)
+	@FUZZ_EXAMPLES=50 $(CHECK)/bin/python -m pytest -n 2 -q -m "$(QUICK)" $(ARGS) $(call or_alone,$(CHECK)/bin/python -m pytest -m "$(QUICK)")
 
 test: .venv/.dev ## set up and run the notebooks' cells and tests/, with one count
-	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS) $(call or_alone,$(BIN)/python -m pytest)
 
 smoke: .venv/.dev ## run the smoke-test notebook with papermill against a worker started here
 	@$(BIN)/python tests/smoke.py $(ARGS)

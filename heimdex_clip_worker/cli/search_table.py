@@ -118,7 +118,7 @@ def _picture(url: str | None, alt: str, link: bool = True) -> str:
     """Write an image, or its text where there is none."""
     if not url or not is_url(url):  # guard: no script as a URL
         return f'<div class="picture">no image<br>{_text(alt)}</div>' if link else ""
-    image = f'<img src="{html.escape(url)}" alt="{_text(alt)}" loading="lazy" decoding="async">'
+    image = f'<img src="{html.escape(url)}" alt="{_text(alt)}" loading="lazy">'
     if not link:
         return image
     return f'<a class="picture" href="{html.escape(url)}" rel="noreferrer noopener">{image}</a>'
@@ -126,8 +126,8 @@ def _picture(url: str | None, alt: str, link: bool = True) -> str:
 
 def _card(number: int, match: Match, show: Sequence[str]) -> str:
     """Write the card of one match."""
-    pairs = zip(show, match.columns, strict=True)
-    shown = "".join(f"<dt>{_text(n)}</dt><dd>{_text(search._cell(v))}</dd>" for n, v in pairs)
+    pairs = [(n, search._cell(v)) for n, v in zip(show, match.columns, strict=True)]
+    shown = "".join(f"<dt>{_text(n)}</dt><dd>{_text(v)}</dd>" for n, v in pairs if v)
     score = f"{match.score:.4f}"
     meter = f'<meter min="0" max="1" value="{max(match.score, 0):.4f}" aria-hidden="true"></meter>'
     return (

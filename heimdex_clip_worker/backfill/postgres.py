@@ -76,13 +76,14 @@ class Database:
             host = self._psycopg.conninfo.conninfo_to_dict(conninfo).get("host")
             if "@" in str(host):  # the end of a password that contains an unescaped @
                 raise _unreadable(conninfo)
-            self._connection = self._connect()
+            self._connection = self.connect()
         except self._psycopg.ProgrammingError as error:
             raise _unreadable(conninfo, str(error)) from None
         except self._psycopg.Error as error:
             raise BackfillError(f"no connection to the database: {_first_line(error)}") from error
 
-    def _connect(self) -> Any:
+    def connect(self) -> Any:
+        """Open another connection like this one, without its retries."""
         return self._psycopg.connect(
             self._conninfo, autocommit=True, prepare_threshold=None, **_CONNECTION
         )
@@ -118,7 +119,7 @@ class Database:
         self, statement: Any, values: dict[str, Any], undo: bool
     ) -> list[tuple[Any, ...]]:
         if self._connection.closed:
-            self._connection = self._connect()
+            self._connection = self.connect()
         with self._connection.transaction(force_rollback=undo):
             self._connection.execute(_TIMEOUTS)
             cursor = self._connection.execute(statement, values)
@@ -581,13 +582,13 @@ class PostgresSink(Sink):
         if present or not url_choices:
             names["url"] = present[0] if present else url_column
         _check_columns(columns, names)
-        self._table, self._names, self._columns = table, names, columns
+        self.table, self.names, self._columns = table, names, columns
         self._id_type, self._vector_type = columns[id_column].type, columns[vector_column].type
         length = re.search(r"\((\d+)\)$", self._vector_type)
         self._dim = int(length[1]) if length else None
         self._has_own_urls = not (url_choices or add_missing)
         self._statements = _compose(table, names, columns)
-        self._quoted_table = _quote_table(table)
+        self.quoted_table = _quote_table(table)
         self._database, self.selection = database, selection
         self._lease_s, self._add_missing = min(lease_s, self.longest_lease_s), add_missing
         self._leases: dict[int | str, tuple[str, float]] = {}  # id -> token, time of renewal
@@ -600,7 +601,7 @@ class PostgresSink(Sink):
         """Raise BackfillError if vectors of `dim` numbers cannot be stored; change nothing."""
         if dim and self._dim and dim != self._dim:
             raise UsageError(
-                f"column {self._names['vector']!r} is {self._vector_type}, and the model's "
+                f"column {self.names['vector']!r} is {self._vector_type}, and the model's "
                 f"vectors have {dim} numbers: name another column, or set CLIP_MODEL_NAME"
             )
         self._say_indexes()
@@ -614,11 +615,11 @@ class PostgresSink(Sink):
             rows = [Row(row_id, "") for (row_id,) in ids] or rows
         reason = self._try(rows)
         if reason and (len(page) < _SAMPLE or source is self):
-            raise BackfillError(f"no row of {self._table} can be written: {reason}")
+            raise BackfillError(f"no row of {self.table} can be written: {reason}")
 
     def _say_indexes(self) -> None:
         """Say which indexes make every write slow."""
-        values = {"table": self._quoted_table, "vector": self._names["vector"]}
+        values = {"table": self.quoted_table, "vector": self.names["vector"]}
         for (name,) in self._database.run(self._statements["slow_indexes"], values):
             self._database.say(
                 f"the index {name} makes every write slow: for many rows, drop it, and create it "
@@ -892,7 +893,7 @@ class PostgresSink(Sink):
         for result in results:
             if result.vector and self._dim and len(result.vector) != self._dim:
                 message = f"expected {self._dim} dimensions, not {len(result.vector)}"
-                raise BackfillError(f"{message}: column {self._names['vector']!r} cannot hold it")
+                raise BackfillError(f"{message}: column {self.names['vector']!r} cannot hold it")
 
     def close(self, complete: bool) -> None:
         """Release what is still leased, and close the connection."""

@@ -133,7 +133,7 @@ class Database:
         """Yield the connection in a transaction, which nothing repeats; raise BackfillError."""
         try:
             if self._connection.closed:
-                self._connection = self._connect()
+                self._connection = self.connect()
             with self._connection.transaction():
                 self._connection.execute(_TIMEOUTS)
                 yield self._connection

@@ -84,7 +84,9 @@ def _status(move: Migration) -> dict[str, Any]:
     }
     summary = {"stage": move.stage, **asdict(counts), "spaces": spaces, "indexes": move.indexes()}
     if move.stage == "swapped":
-        return summary | {"next": "undo", "functions": move.functions(), "to_end": move.ending()}
+        old, _ = move.indexes(of_vectors=False).values()
+        summary |= {"functions": move.functions(), "left_behind": old}
+        return summary | {"next": "undo", "to_end": move.ending()}
     against = move.blockers()
     following = "fill" if counts.missing or not counts.new else "swap"
     return summary | {"next": following, "against_a_swap": against, "to_end": move.ending()}
@@ -108,6 +110,8 @@ def _report(summary: dict[str, Any], to: str) -> str:
     lines += [f"not yet    {reason}" for reason in summary.get("against_a_swap", ())]
     for name in summary.get("functions", ()):
         lines.append(f"function   {name} names the column, and reads the new vectors now")
+    for name in summary.get("left_behind", ()):
+        lines.append(f"index      {name} stays with the old column: create it for the new one")
     lines.append(f"next       heimdex-clip migrate {summary['next']} --to {to}")
     if "to_end" in summary:
         kind = "the old vectors" if summary["stage"] == "swapped" else "the new vectors"

@@ -97,12 +97,13 @@ SELECT coalesce(t.{metadata}->>'space_id', ''),
     coalesce(t.{metadata}->>'pretrained', ''), count(*)
 FROM {table} AS t WHERE t.{vector} IS NOT NULL GROUP BY 1, 2, 3"""
 _INDEXES = """
-SELECT i.indexrelid::regclass::text, a.attname FROM pg_index AS i
+SELECT i.indexrelid::regclass::text, a.attname, m.amname IN ('hnsw', 'ivfflat')
+FROM pg_index AS i
     JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_am AS m ON m.oid = c.relam
     JOIN pg_depend AS d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
         AND d.refobjid = i.indrelid AND d.refobjsubid > 0
     JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = d.refobjsubid
-WHERE i.indrelid = to_regclass(%(table)s) AND i.indisvalid AND m.amname IN ('hnsw', 'ivfflat')
+WHERE i.indrelid = to_regclass(%(table)s) AND i.indisvalid
     AND a.attname = ANY(%(columns)s) ORDER BY 1"""
 _DEPENDENTS = """
 SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depend AS d
@@ -115,6 +116,10 @@ _FUNCTIONS = """
 SELECT p.oid::regprocedure::text FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
     AND strpos(p.prosrc, %(vector)s) > 0 AND p.proname <> %(own)s ORDER BY 1"""
+_TRIGGERS = """
+SELECT t.tgname FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <> %(own)s
+    AND strpos(p.prosrc, %(to)s) > 0 ORDER BY 1"""
 _COPY = """
 WITH part AS (
     SELECT t.{id} AS id, t.{vector} IS NOT NULL
@@ -357,33 +362,37 @@ class Migration:
         if indexes[names.vector] and not indexes[names.to]:
             listed = ", ".join(indexes[names.vector])
             reasons.append(f"{names.to!r} has no index; the old column has {listed}: create one")
-        reasons += [f"{name} would go on reading the old column" for name in self.dependents()]
-        return reasons
+        return reasons + self._attached() + [
+            f"trigger {name} has the name {names.to!r} in it, and would fail"
+            for (name,) in self._look(_TRIGGERS, to=names.to)
+        ]
 
-    def _place(self) -> dict[str, Any]:
-        old, old_metadata, *_ = self._serving()
-        return {"table": postgres._quote_table(self._table), "columns": [old, old_metadata]}
+    def _look(self, text: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Look into the catalogue."""
+        *_, last = postgres._parse_table_name(self._table)
+        values |= {"own": _short(f"clip_move_{last}_{self.names.to}")}
+        return self._database.run(text, values | {"table": postgres._quote_table(self._table)})
 
-    def dependents(self) -> list[str]:
-        """List the views, policies and the like that keep to the old column."""
-        names = self._database.run(_DEPENDENTS, self._place())
-        return [name.removeprefix("rule _RETURN on ") for (name,) in names]
+    def _attached(self) -> list[str]:
+        """List the views, policies and triggers that keep to the column that serves."""
+        columns = [self.names.vector, self.names.metadata]
+        names = [name for (name,) in self._look(_DEPENDENTS, columns=columns)]
+        names = [name.removeprefix("rule _RETURN on ") for name in names]
+        return [f"{name} would go on reading the column of today" for name in names]
 
-    def indexes(self) -> dict[str, list[str]]:
-        """List the vector indexes of both columns."""
-        old, _, new, _ = self._serving()
-        values = {**self._place(), "columns": [old, new]}
+    def indexes(self, of_vectors: bool = True) -> dict[str, list[str]]:
+        """List the indexes of both columns, those for searching or all others."""
+        old, old_metadata, new, new_metadata = self._serving()
+        sides = {old: old, old_metadata: old, new: new, new_metadata: new}
         found: dict[str, list[str]] = {old: [], new: []}
-        for index, column in self._database.run(_INDEXES, values):
-            found[column].append(index)
+        for index, column, is_of_vectors in self._look(_INDEXES, columns=list(sides)):
+            if is_of_vectors == of_vectors and index not in found[sides[column]]:
+                found[sides[column]].append(index)
         return found
 
     def functions(self) -> list[str]:
         """List the functions whose text names the column: they read whatever has the name."""
-        *_, last = postgres._parse_table_name(self._table)
-        own = _short(f"clip_move_{last}_{self.names.to}")
-        values = {"vector": self.names.vector, "own": own}
-        return [name for (name,) in self._database.run(_FUNCTIONS, values)]
+        return [name for (name,) in self._look(_FUNCTIONS, vector=self.names.vector)]
 
     def swap(self, force: bool = False) -> None:
         """Exchange the names in one transaction; `force`: whatever speaks against it."""
@@ -407,11 +416,13 @@ class Migration:
         self._change(act)
 
     def undo(self, force: bool = False) -> None:
-        """Exchange the names back in one transaction; `force`: though a process is at work."""
+        """Exchange the names back in one transaction; `force`: whatever speaks against it."""
         self._need("swapped")
-        held = self.counts().held
-        if held and not force:  # it would go on writing to a name that has become another column
-            raise BackfillError(f"rows that a backfill or sync works on: {held:,} (stop it)")
+        held, reasons = self.counts().held, self._attached()
+        if held:  # it would go on writing to a name that has become another column
+            reasons.append(f"rows that a backfill or sync works on: {held:,} (stop it)")
+        if reasons and not force:
+            raise BackfillError("; ".join(reasons))
         names, table = self.names, "ALTER TABLE {table} RENAME COLUMN "
         first, second = map(postgres._quote, (names.to, names.to_metadata))
         # `to` and `vector` are what they are called now: the new vectors, and the old ones.

@@ -234,7 +234,7 @@ class Migration:
         for attempt in range(_ATTEMPTS):
             try:
                 with self._database.transaction() as connection:
-                    # guard: readers do not wait behind a lock that is not to be had
+                    # guard: readers wait for a moment only
                     connection.execute("SET LOCAL lock_timeout = '900ms'")
                     result = act(connection)
             except BackfillError as error:
@@ -253,6 +253,8 @@ class Migration:
 
     def add(self, kind: str = "") -> None:  # kind: "halfvec(512)"; "": as the old column
         """Add the new columns, and the trigger that keeps them in step."""
+        from psycopg import sql
+
         if self.stage == "swapped":
             self._need("absent")
         names, old = self.names, self._columns[self.names.vector].type
@@ -261,11 +263,12 @@ class Migration:
         has = self._columns.get(names.to)
         if has and has.type != kind:
             raise UsageError(f"column {names.to!r} is {has.type} already, and not {kind}")
-        column = 'ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {to} ' + kind
-        column += ", ADD COLUMN IF NOT EXISTS {to_metadata} jsonb"
+        column = "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {to} {type}, "
+        column += "ADD COLUMN IF NOT EXISTS {to_metadata} jsonb"
 
         def act(connection: Any) -> None:
-            connection.execute(self._compose(column))
+            new_type = sql.SQL(kind.replace("%", "%%"))
+            connection.execute(self._compose(column, type=new_type), {})
             self._keep_in_step(connection, (names.to, names.to_metadata))
 
         self._change(act)
@@ -298,7 +301,7 @@ class Migration:
 
         self._need("added")
         self._check_sees_all()
-        kind = sql.SQL(self._columns[self.names.to].type)
+        kind = sql.SQL(self._columns[self.names.to].type.replace("%", "%%"))
         statement, last, seen, copied = self._compose(_COPY, type=kind), None, 0, 0
         while True:
             values = {"last": last, "size": size}
@@ -403,14 +406,15 @@ class Migration:
         kept, kept_metadata = map(postgres._quote, names.kept())
 
         def act(connection: Any) -> None:
-            connection.execute(self._compose("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE"))
+            lock = self._compose("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+            connection.execute(lock, {})
             missing = 0 if force else self.counts(connection).missing
-            if missing:  # guard: no row loses its vector; writers wait since the count
+            if missing:  # guard: no row loses its vector
                 raise BackfillError(f"rows without a new vector: {missing:,} (`fill` makes them)")
             for text in ("{vector} TO {kept}", "{metadata} TO {kept_metadata}",
                          "{to} TO {vector}", "{to_metadata} TO {metadata}"):  # fmt: skip
                 more = {"kept": kept, "kept_metadata": kept_metadata}
-                connection.execute(self._compose(table + text, **more))
+                connection.execute(self._compose(table + text, **more), {})
             self._keep_in_step(connection, names.kept())
 
         self._change(act)
@@ -431,7 +435,7 @@ class Migration:
             for text in ("{to} TO {first}", "{to_metadata} TO {second}",
                          "{vector} TO {to}", "{metadata} TO {to_metadata}"):  # fmt: skip
                 more = {"first": first, "second": second}
-                connection.execute(self._compose(table + text, **more))
+                connection.execute(self._compose(table + text, **more), {})
             self._keep_in_step(connection, (names.to, names.to_metadata))
 
         self._change(act)

@@ -249,7 +249,7 @@ class TableSearch:
         """List the settings of a search for `top` rows."""
         settings = {"statement_timeout": _LONGEST, "hnsw.ef_search": str(min(max(top, 40), 1000))}
         if tuple(map(int, self._version.split(".")[:2])) >= (0, 8):
-            # guard: a condition that is applied after the index loses no rows
+            # guard: a condition loses no rows
             settings |= {"hnsw.iterative_scan": "strict_order"}
             settings |= {"ivfflat.iterative_scan": "relaxed_order"}
         if self._exact:

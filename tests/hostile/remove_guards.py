@@ -41,6 +41,8 @@ FILES = {
     "endpoint": "remote/endpoint.py",
     "settings": "settings.py", "process": "serving/process.py",
     "client": "client.py", "deploy": "cli/deploy.py",
+    "search": "database/search.py", "search_table": "cli/search_table.py",
+    "migrate": "database/migrate.py", "migrate_command": "cli/migrate.py",
 }  # fmt: skip
 TESTS = {
     "auth": [f"{HOSTILE}/test_auth_rows.py", "tests/test_auth.py"],
@@ -76,6 +78,10 @@ TESTS = {
     ],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
+    "search": ["tests/database/test_search_table.py"],
+    "search_table": ["tests/database/test_search_table.py"],
+    "migrate": ["tests/database/test_migrate.py"],
+    "migrate_command": ["tests/database/test_migrate.py"],
 }
 
 
@@ -352,6 +358,26 @@ CLIENT = [
 DEPLOY = [
     ("one GPU is paid for", NEVER),
 ]
+SEARCH = [
+    ("a condition loses no rows", SKIP),
+    ("the user's SQL changes nothing", SKIP),
+]
+SEARCH_TABLE = [
+    ("text stays text", (r"return .*", "return str(value)")),
+    ("no script as a URL", (r" or not is_url\(url\)", "")),
+    ("signed URLs are for this user", ("0o600", "0o644")),
+    ("cosines within one space", SKIP),
+    ("a sample has not seen every row", SKIP),
+]
+MIGRATE = [
+    ("readers wait for a moment only", SKIP),
+    ("a vector never belongs to another picture", NEVER),
+    ("hidden rows are counted too", SKIP),
+    ("no row loses its vector", NEVER),
+]
+MIGRATE_COMMAND = [
+    ("a type alone", NEVER),
+]
 GUARDS = [
     Guard(module, *entry)
     for module, entries in (
@@ -381,6 +407,10 @@ GUARDS = [
         ("process", PROCESS),
         ("client", CLIENT),
         ("deploy", DEPLOY),
+        ("search", SEARCH),
+        ("search_table", SEARCH_TABLE),
+        ("migrate", MIGRATE),
+        ("migrate_command", MIGRATE_COMMAND),
     )
     for entry in entries
 ]

@@ -23,14 +23,14 @@ from ..backfill.supabase import Bucket
 from . import backfill, search
 from .console import CommandError, Status, is_url, printable, say, table
 from .embed import Input
-from ..database.search import Match, Space, TableSearch
+from ..database.search import Match, RowSpace, TableSearch
 from ..settings import CLIENT_VARIABLES, in_environ
 
 # %% auto #0
-__all__ = ['FOR_A_TABLE', 'add_table_arguments', 'search_table']
+__all__ = ['add_table_arguments', 'search_table']
 
 # %% ../../nbs/13ea_search_table.ipynb #add-table-arguments
-FOR_A_TABLE = (
+_FOR_A_TABLE = (
     "database", "like", "join", "filter", "function", "argument", "vector_argument", "set", "html",
 )
 
@@ -230,12 +230,12 @@ def _open_search(args: argparse.Namespace, database: Database) -> TableSearch:
     )  # fmt: skip
 
 
-def _embed(source: Input, args: argparse.Namespace) -> tuple[list[float], Space]:
+def _embed(source: Input, args: argparse.Namespace) -> tuple[list[float], RowSpace]:
     """Embed the query; raise CommandError, SettingsError, ModelError, ClipInferenceError."""
     result = search._query_vector(source, args.backend, args.seeded)
     if result["pretrained"] == "seeded":
         say("The weights are random: the order means nothing", "WARNING")
-    return result["embedding"], Space(result["space_id"], result["model"], result["pretrained"])
+    return result["embedding"], RowSpace(result["space_id"], result["model"], result["pretrained"])
 
 # %% ../../nbs/13ea_search_table.ipynb #search-table
 _VARIABLES = ("database_url", "supabase_url", "supabase_key", "supabase_bucket")

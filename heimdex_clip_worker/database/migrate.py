@@ -15,7 +15,7 @@ from .._retry import pause_s
 from ..backfill import postgres
 from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
-from .search import Match, Space, TableSearch
+from .search import Match, RowSpace, TableSearch
 
 # %% auto #0
 __all__ = ['Migration']
@@ -282,11 +282,11 @@ class Migration:
         """Count the vectors of both columns."""
         return _Counts(*self._rows(_COUNTS, connection)[0])
 
-    def spaces(self, new: bool = True) -> dict[Space, int]:
+    def spaces(self, new: bool = True) -> dict[RowSpace, int]:
         """Count the vectors of each space, in the new column or the old one."""
         serving = self._serving()[2:] if new else self._serving()[:2]
         roles = dict(zip(("vector", "metadata"), map(postgres._quote, serving), strict=True))
-        return {Space(*s): count for *s, count in self._rows(_SPACES, **roles)}
+        return {RowSpace(*s): count for *s, count in self._rows(_SPACES, **roles)}
 
     def _rows(self, text: str, connection: Any = None, **parts: Any) -> list[tuple[Any, ...]]:
         """Run a statement, in a transaction or alone."""
@@ -357,7 +357,7 @@ class Migration:
             reasons.append(f"rows without a new vector: {counts.missing:,} (`fill` makes them)")
         if counts.held:
             reasons.append(f"rows that a backfill or sync works on: {counts.held:,} (stop it)")
-        main = max(spaces, key=lambda space: spaces[space], default=Space())
+        main = max(spaces, key=lambda space: spaces[space], default=RowSpace())
         if not all(space == main or space.is_same(main) for space in spaces):
             listed = ", ".join(f"{count:,} of {space}" for space, count in spaces.items())
             reasons.append(f"the new column mixes spaces: {listed}")

@@ -16,18 +16,18 @@ from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
 
 # %% auto #0
-__all__ = ['Space', 'Match', 'TableSearch']
+__all__ = ['RowSpace', 'Match', 'TableSearch']
 
 # %% ../../nbs/11g_search.ipynb #space
 @dataclass(frozen=True)
-class Space:
+class RowSpace:
     """What metadata says about the space of a vector; "" where it says nothing."""
 
     space_id: str = ""
     model: str = ""
     pretrained: str = ""
 
-    def is_same(self, other: Space) -> bool:
+    def is_same(self, other: RowSpace) -> bool:
         """True if vectors of both can be compared."""
         if self.space_id and other.space_id:
             return self.space_id == other.space_id
@@ -42,15 +42,15 @@ class Space:
 # %% ../../nbs/11g_search.ipynb #check-spaces
 def _check_spaces(
     column: str,  # its name, for the message
-    query: Space,
-    counts: Mapping[Space, int],  # of the column's vectors
+    query: RowSpace,
+    counts: Mapping[RowSpace, int],  # of the column's vectors
     trusting: bool = False,  # vectors without metadata are taken for the query's
 ) -> None:
     """Raise BackfillError unless all vectors can be compared with the query."""
     others = {
         space: count
         for space, count in sorted(counts.items(), key=lambda entry: -entry[1])
-        if not (space.is_same(query) or (trusting and space == Space()))
+        if not (space.is_same(query) or (trusting and space == RowSpace()))
     }
     if not others:
         return
@@ -58,7 +58,7 @@ def _check_spaces(
     fine = sum(counts.values()) - sum(others.values())
     message = f"column {column!r} holds vectors that the query cannot be compared with: {listed}"
     message += f"; {fine:,} are of the query's ({query})"
-    if Space() in others:
+    if RowSpace() in others:
         message += ". --trust-unknown takes vectors without metadata for the query's"
     raise BackfillError(f"{message}. `heimdex-clip backfill --reembed` makes vectors anew")
 
@@ -201,7 +201,7 @@ class Match:
     id: int | str
     score: float  # cosine
     url: str | None  # or the path in a bucket
-    space: Space
+    space: RowSpace
     columns: list[Any] = field(default_factory=list)  # the values of those to show
 
 
@@ -283,18 +283,18 @@ class TableSearch:
         own_id, vector, url, *space, error = found
         if vector is None:
             raise UsageError(f"row {row_id!r} has no vector" + (f": {error}" if error else ""))
-        return json.loads(vector), Match(own_id, 1.0, url, Space(*space))
+        return json.loads(vector), Match(own_id, 1.0, url, RowSpace(*space))
 
-    def check(self, query: Space, trusting: bool = False) -> None:
+    def check(self, query: RowSpace, trusting: bool = False) -> None:
         """Raise BackfillError unless the column's vectors can be compared with the query."""
         with self._reading() as connection:
             rows = connection.execute(self._statements["spaces"], {}).fetchall()
-        counts = {Space(*space): count for *space, count in rows}
+        counts = {RowSpace(*space): count for *space, count in rows}
         _check_spaces(self._column, query, counts, trusting)
 
-    def check_matches(self, query: Space, matches: list[Match], trusting: bool = False) -> None:
+    def check_matches(self, query: RowSpace, matches: list[Match], trusting: bool = False) -> None:
         """Do as `check`, for the rows that were found."""
-        counts: dict[Space, int] = {}
+        counts: dict[RowSpace, int] = {}
         for match in matches:
             counts[match.space] = counts.get(match.space, 0) + 1
         _check_spaces(self._column, query, counts, trusting)
@@ -347,7 +347,7 @@ class TableSearch:
     def _matches(rows: list[tuple[Any, ...]]) -> list[Match]:
         """Make matches; a vector of zeros has no cosine, and matches nothing."""
         return [
-            Match(row_id, score, url, Space(*space), shown)
+            Match(row_id, score, url, RowSpace(*space), shown)
             for row_id, score, url, *space, shown in rows
             if score == score  # NaN
         ]

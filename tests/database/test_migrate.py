@@ -22,13 +22,13 @@ from heimdex_clip_worker.backfill.rows import BackfillError, Selection, UsageErr
 from heimdex_clip_worker.backfill.run import Options, Run
 from heimdex_clip_worker.cli import migrate as command
 from heimdex_clip_worker.database.migrate import Migration
-from heimdex_clip_worker.database.search import Space
+from heimdex_clip_worker.database.search import RowSpace
 
 pytestmark = pytest.mark.postgres
 SCHEMA = Path(__file__).parents[1] / "backfill" / "heimdex_schema.sql"
 ROWS = 300
 OWNER = str(uuid.UUID(int=1))
-OLD, NEW = Space("5"), Space("6", "ViT-L-14", "openai")
+OLD, NEW = RowSpace("5"), RowSpace("6", "ViT-L-14", "openai")
 
 
 class Client:

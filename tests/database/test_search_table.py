@@ -20,13 +20,13 @@ from heimdex_clip_worker.backfill.postgres import Database
 from heimdex_clip_worker.backfill.rows import BackfillError
 from heimdex_clip_worker.cli import search
 from heimdex_clip_worker.cli.console import CommandError
-from heimdex_clip_worker.database.search import Space, TableSearch
+from heimdex_clip_worker.database.search import RowSpace, TableSearch
 
 pytestmark = pytest.mark.postgres
 SCHEMA = Path(__file__).parents[1] / "backfill" / "heimdex_schema.sql"
 FACTS = {"model_name": "ViT-B-32", "pretrained": "openai", "error": None}  # the users' older keys
 OWNERS = [str(uuid.UUID(int=n)) for n in range(100)]
-SPACE = Space("5", "ViT-B-32", "openai")
+SPACE = RowSpace("5", "ViT-B-32", "openai")
 
 
 class Scenes:
@@ -210,7 +210,7 @@ def test_the_spaces_of_a_large_table_are_counted_in_a_part_of_it(
 ) -> None:
     monkeypatch.setattr("heimdex_clip_worker.database.search._SAMPLED_ROWS", 500)
     with pytest.raises(BackfillError) as refused:
-        scenes.search().check(Space("6"))
+        scenes.search().check(RowSpace("6"))
     count = int(str(refused.value).partition(" of ViT")[0].rpartition(" ")[2].replace(",", ""))
     assert 0 < count < 2500
 

@@ -222,12 +222,15 @@ def _open_search(args: argparse.Namespace, database: Database) -> TableSearch:
     if (args.argument or args.vector_argument) and not args.function:
         raise UsageError("--argument needs --function: the argument of which function?")
     url = args.path_column or args.url_column or ("thumbnail_url" if args.html else "")
-    return TableSearch(
+    table_search = TableSearch(
         database, table=args.table, id_column=args.id_column, url_column=url,
         vector_column=args.vector_column, metadata_column=args.metadata_column,
         join=args.join, condition=args.filter, settings=dict(args.set), show=args.show,
         exact=args.exact,
     )  # fmt: skip
+    if args.function:
+        table_search.check_function(args.function, dict(args.argument), args.vector_argument)
+    return table_search
 
 
 def _embed(source: Input, args: argparse.Namespace) -> tuple[list[float], RowSpace]:

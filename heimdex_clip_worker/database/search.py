@@ -334,6 +334,13 @@ class TableSearch:
             )
         return self._matches(found)
 
+    def check_function(
+        self, function: str, arguments: Mapping[str, str], vector_argument: str = ""
+    ) -> None:
+        """Raise UsageError unless there is such a function with these arguments."""
+        with self._reading() as connection:
+            _call(connection, function, arguments, vector_argument)
+
     def _id_of(self, row: Any, function: str) -> str:
         """Find the id in a row that a function returned."""
         if isinstance(row, dict):

@@ -186,9 +186,9 @@ def _find(table_search: TableSearch, vector: list[float], wanted: int, args: Any
         arguments = dict(args.argument)
         call = (args.function, arguments, args.vector_argument)
         matches = table_search.by_function(vector, wanted, *call)
-        if len(matches) < wanted:
+        if len(matches) < args.top:
             say(
-                f"{args.function} returned {len(matches)} rows, and {wanted} are wanted. If it has "
+                f"{args.function} returned {len(matches)} rows of {args.top}. If it has "
                 "no limit of its own, its condition may come after the index: compare with "
                 "--exact, and raise --set hnsw.ef_search=400", "WARNING",
             )  # fmt: skip
@@ -297,7 +297,7 @@ def _write_page(
 ) -> None:
     """Write the page that `--html` names."""
     query_url = matches[0].url if own else source.value if source.form == "url" else None
-    title = f"Like row {own.id}" if own else source.name
+    title = f"Like row {own.id}" if own else search._plain(source.name)
     where = args.function or args.filter
     shown = matches[bool(own) :]
     about = f"{len(shown)} matches in {args.table}" + (f", {where}" if where else "")

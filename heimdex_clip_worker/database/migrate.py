@@ -88,6 +88,8 @@ def _trigger(table: str, names: _Names, columns: tuple[str, str], url: str) -> A
 _COUNTS = """
 SELECT count(t.{vector}), count(t.{to}),
     count(*) FILTER (WHERE t.{vector} IS NOT NULL AND t.{to} IS NULL),
+    count(*) FILTER (WHERE t.{vector} IS NOT NULL AND t.{to} IS NULL
+        AND t.{to_metadata}->'code' IS NOT NULL),
     count(*) FILTER (WHERE t.{vector} IS NULL AND t.{to} IS NOT NULL),
     count(*) FILTER (WHERE {held} > 0 OR {to_held} > 0)
 FROM {table} AS t"""
@@ -145,8 +147,16 @@ class _Counts:
     old: int  # vectors in the column that serves
     new: int
     missing: int  # rows that have the old vector alone
+    failed: int  # of those, rows whose image could not be embedded
     more: int  # rows that have the new vector alone
     held: int  # rows that a process is working on
+
+    def reason(self) -> str:
+        """Say why a swap would lose vectors."""
+        text = f"rows without a new vector: {self.missing:,} (`fill` makes them)"
+        if self.failed:
+            text += f", of which {self.failed:,} failed (`fill --retry-failed` tries again)"
+        return text
 
 
 @dataclass(frozen=True)
@@ -259,8 +269,8 @@ class Migration:
             self._need("absent")
         names, old = self.names, self._columns[self.names.vector].type
         schema, dot, _ = old.rpartition(".")
-        kind = f"{schema}{dot}{kind}" if kind else old
         has = self._columns.get(names.to)
+        kind = f"{schema}{dot}{kind}" if kind else has.type if has else old
         if has and has.type != kind:
             raise UsageError(f"column {names.to!r} is {has.type} already, and not {kind}")
         column = "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {to} {type}, "
@@ -354,7 +364,7 @@ class Migration:
         counts, names, spaces = self.counts(), self.names, self.spaces()
         reasons = []
         if counts.missing:
-            reasons.append(f"rows without a new vector: {counts.missing:,} (`fill` makes them)")
+            reasons.append(counts.reason())
         if counts.held:
             reasons.append(f"rows that a backfill or sync works on: {counts.held:,} (stop it)")
         main = max(spaces, key=lambda space: spaces[space], default=RowSpace())
@@ -408,9 +418,9 @@ class Migration:
         def act(connection: Any) -> None:
             lock = self._compose("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
             connection.execute(lock, {})
-            missing = 0 if force else self.counts(connection).missing
-            if missing:  # guard: no row loses its vector
-                raise BackfillError(f"rows without a new vector: {missing:,} (`fill` makes them)")
+            counts = self.counts(connection)
+            if counts.missing and not force:  # guard: no row loses its vector
+                raise BackfillError(counts.reason())
             for text in ("{vector} TO {kept}", "{metadata} TO {kept_metadata}",
                          "{to} TO {vector}", "{to_metadata} TO {metadata}"):  # fmt: skip
                 more = {"kept": kept, "kept_metadata": kept_metadata}

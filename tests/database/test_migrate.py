@@ -211,6 +211,17 @@ def test_a_new_picture_clears_the_new_vector_and_the_lease(table: Table) -> None
     assert table.value("SELECT clip_v2_metadata FROM video_scenes WHERE index = 3") is None
 
 
+def test_images_that_cannot_be_embedded_are_told_apart(table: Table) -> None:
+    move = table.move()
+    move.add("vector(2)")
+    table.embed(move)
+    table.admin.execute("""UPDATE video_scenes SET clip_v2 = NULL,
+        clip_v2_metadata = CASE index WHEN 3 THEN '{"code": "SOURCE_HTTP"}'::jsonb END
+        WHERE index < 5""")
+    with pytest.raises(BackfillError, match="rows without a new vector: 5 .*of which 1 failed"):
+        move.swap()
+
+
 def test_a_role_that_does_not_see_all_rows_cannot_swap(table: Table) -> None:
     table.move().add("vector(2)")
     table.admin.execute("ALTER TABLE video_scenes FORCE ROW LEVEL SECURITY")

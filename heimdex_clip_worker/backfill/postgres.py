@@ -211,6 +211,7 @@ def _read_columns(database: Database, table: str) -> dict[str, _Column]:
 def _check_columns(
     columns: dict[str, _Column],
     names: dict[str, str],  # role ("id", "url", "vector", "metadata") -> column
+    is_writer: bool = True,  # by this role
 ) -> None:
     """Raise UsageError unless each column exists and can be used in its role."""
     for role, name in names.items():
@@ -225,7 +226,7 @@ def _check_columns(
             needed = {"metadata": "jsonb"}.get(role, role)
             message = f"column {names[role]!r} is {column.type}: a {role} column must be {needed}"
             raise UsageError(message)
-        if column.is_generated or not column.is_updatable:
+        if column.is_generated or (is_writer and not column.is_updatable):
             reason = "it is generated" if column.is_generated else "the role lacks the privilege"
             raise UsageError(f"column {names[role]!r} cannot be updated: {reason}")
 
@@ -442,6 +443,12 @@ SET {metadata} = t.{metadata} - 'backfill_lease'
 FROM unnest(%(ids)s::text[], %(tokens)s::text[]) WITH ORDINALITY AS sent (id, token, position)
 WHERE t.{id} = sent.id::{id_type} AND t.{metadata}#>>'{{backfill_lease,token}}' = sent.token
 RETURNING sent.position""",
+    "plan_failures": """
+UPDATE {table} AS t
+SET {metadata} = t.{metadata} - 'attempts' || jsonb_build_object('retry_at', {now})
+WHERE t.{vector} IS NULL AND t.{metadata}->'code' IS NOT NULL
+    AND t.{metadata}->'retryable' = 'true'
+RETURNING 1""",
     "release_changed": """
 UPDATE {table} AS t
 SET {metadata} = t.{metadata} - 'backfill_lease'
@@ -498,12 +505,12 @@ def _fragments(has_url: bool) -> dict[str, str]:
     }
 
 # %% ../../nbs/11b_postgres.ipynb #compose
-def _compose(
+def _parts(
     table: str,
     names: dict[str, str],  # role -> column; without "url", no row is read or added with one
     columns: dict[str, _Column],
 ) -> dict[str, Any]:
-    """Fill the names of one table into the statements."""
+    """Compose what the statements have in braces: the names of a table, and rules."""
     from psycopg import sql
 
     parts = {role: _quote(name) for role, name in names.items()}
@@ -524,7 +531,7 @@ def _compose(
     for name, text in _fragments("url" in names).items():
         parts[name] = sql.SQL(text).format(**parts)
     parts.setdefault("url", sql.SQL("url"))  # in `page`, which is not used then
-    return {name: sql.SQL(text).format(**parts) for name, text in {**_READ, **_WRITE}.items()}
+    return parts
 
 # %% ../../nbs/11b_postgres.ipynb #fits
 def _fits(row_id: int | str, id_type: str) -> bool:
@@ -575,27 +582,37 @@ class PostgresSink(Sink):
         lease_s: float = 120,  # seconds until the rows of a killed process are free
         patience_s: float = 900,  # seconds to wait for a row that another transaction has locked
         add_missing: bool = False,  # insert rows that the table does not have
+        is_lasting: bool = False,  # the process goes on for ever: say nothing of one long load
+        is_writer: bool = True,  # False: the role need not have the right to write
     ):
         columns = _read_columns(database, table)
         names = {"id": id_column, "vector": vector_column, "metadata": metadata_column}
         present = [name for name in url_choices if name in columns]
         if present or not url_choices:
             names["url"] = present[0] if present else url_column
-        _check_columns(columns, names)
+        _check_columns(columns, names, is_writer)
         self.table, self.names, self._columns = table, names, columns
         self._id_type, self._vector_type = columns[id_column].type, columns[vector_column].type
         length = re.search(r"\((\d+)\)$", self._vector_type)
         self._dim = int(length[1]) if length else None
         self._has_own_urls = not (url_choices or add_missing)
-        self._statements = _compose(table, names, columns)
+        self._parts = _parts(table, names, columns)
+        self._statements = {name: self.compose(text) for name, text in (_READ | _WRITE).items()}
+        self._is_lasting = is_lasting
         self.quoted_table = _quote_table(table)
-        self._database, self.selection = database, selection
+        self.database, self.selection = database, selection
         self._lease_s, self._add_missing = min(lease_s, self.longest_lease_s), add_missing
         self._leases: dict[int | str, tuple[str, float]] = {}  # id -> token, time of renewal
         self._patience_s = patience_s
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
         self._unwritable: set[int | str] = set()  # not recorded, so they stay selected
+
+    def compose(self, text: str) -> Any:
+        """Fill the names of the table, and the rules about its rows, into a statement."""
+        from psycopg import sql
+
+        return sql.SQL(text).format(**self._parts)
 
     def check(self, source: RowSource, dim: int | None) -> None:
         """Raise BackfillError if vectors of `dim` numbers cannot be stored; change nothing."""
@@ -604,14 +621,15 @@ class PostgresSink(Sink):
                 f"column {self.names['vector']!r} is {self._vector_type}, and the model's "
                 f"vectors have {dim} numbers: name another column, or set CLIP_MODEL_NAME"
             )
-        self._say_indexes()
+        if not self._is_lasting:
+            self._say_indexes()
         page = next(source.pages(_SAMPLE), [])
         rows = self.selected([row for row in map(self.fit, page) if row.id is not None])
         if not self._try(rows[:1]):
             return
         if len(page) == _SAMPLE and source is self:
             values = {**vars(self.selection), "size": _SAMPLE}
-            ids = self._database.run(self._statements["sample"], values, undo=True)
+            ids = self.database.run(self._statements["sample"], values, undo=True)
             rows = [Row(row_id, "") for (row_id,) in ids] or rows
         reason = self._try(rows)
         if reason and (len(page) < _SAMPLE or source is self):
@@ -620,8 +638,8 @@ class PostgresSink(Sink):
     def _say_indexes(self) -> None:
         """Say which indexes make every write slow."""
         values = {"table": self.quoted_table, "vector": self.names["vector"]}
-        for (name,) in self._database.run(self._statements["slow_indexes"], values):
-            self._database.say(
+        for (name,) in self.database.run(self._statements["slow_indexes"], values):
+            self.database.say(
                 f"the index {name} makes every write slow: for many rows, drop it, and create it "
                 "again afterwards"
             )
@@ -670,7 +688,7 @@ class PostgresSink(Sink):
     ) -> list[int]:
         """Run a statement for rows; return the indices of the rows that it returns."""
         values["ids"] = [str(row.id) for row in rows]
-        positions = self._database.run(self._statements[statement], values, undo=undo, once=once)
+        positions = self.database.run(self._statements[statement], values, undo=undo, once=once)
         return sorted(position - 1 for (position,) in positions)
 
     def _find_each(
@@ -697,16 +715,25 @@ class PostgresSink(Sink):
     def pages(self, size: int) -> Iterator[list[Row]]:
         """Yield the selected rows, if the table is also the source."""
         page = self._statements["page"]
-        yield from _keyset_pages(self._database, page, vars(self.selection), size)
+        yield from _keyset_pages(self.database, page, vars(self.selection), size)
 
     def count(self) -> int:
         """Count the selected rows."""
-        return self._database.run(self._statements["count"], vars(self.selection))[0][0]
+        return self.database.run(self._statements["count"], vars(self.selection))[0][0]
 
     def count_spaces(self) -> dict[tuple[str, str], int]:
         """Count the vectors of each space_id and model version."""
-        rows = self._database.run(self._statements["spaces"])
+        rows = self.database.run(self._statements["spaces"])
         return {(space_id, version): count for space_id, version, count in rows}
+
+    def plan_failures(self) -> int:
+        """Plan an attempt, now, for all failures that may pass; return how many they are."""
+        return len(self.database.run(self._statements["plan_failures"]))
+
+    def hurry(self) -> None:
+        """Wait for the database a few seconds at most, because the process is to end."""
+        if self._is_lasting:
+            self.database.hurry(10)
 
     def same_id(self, row_id: int | str) -> int | str:
         """Give all spellings of one id of the table one form."""
@@ -728,7 +755,7 @@ class PostgresSink(Sink):
     def _held(self, rows: list[Row]) -> dict[int | str, float]:
         """Find the selected rows: id -> seconds for which a lease holds, or 0."""
         values = {"ids": [str(row.id) for row in rows], **vars(self.selection)}
-        found = self._database.run(self._statements["held"], values) if rows else []
+        found = self.database.run(self._statements["held"], values) if rows else []
         return {rows[position - 1].id: seconds for position, seconds in found}
 
     def selected(self, rows: list[Row]) -> list[Row]:
@@ -897,11 +924,11 @@ class PostgresSink(Sink):
 
     def close(self, complete: bool) -> None:
         """Release what is still leased, and close the connection."""
-        self._database.hurry(5)
+        self.database.hurry(5)
         with suppress(BackfillError):  # else the leases end by themselves
             left = [Row(row_id, "") for row_id in self._leases]
             self._find_each("release", left, tokens=self._tokens(left))
-        self._database.close()
+        self.database.close()
 
 
 # Values with an entry for each row.

@@ -169,6 +169,7 @@ class Meter:
     vector_bytes: int = 0
     busy_s: float = 0.0  # seconds with at least one job in flight
     started: float = field(default_factory=time.monotonic)
+    shown: int = 0  # the count that the last message had
     ticked: float = field(default_factory=time.monotonic)  # the last call of `tick`
 
     def tick(self, is_busy: bool) -> None:

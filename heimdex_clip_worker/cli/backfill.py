@@ -430,8 +430,8 @@ def run(args: argparse.Namespace, follow: Follow = _do_not_follow) -> int:
         if was_at_work:
             console.say("What is done is kept: the same command goes on from here.", "INFO")
         return console.Status.FAILED
-    if summary["status"] == "interrupted" and args.poll is None:  # else it is the usual end
-        return console.Status.INTERRUPTED
+    if summary["status"] == "interrupted":  # the usual end of a process that goes on
+        return console.Status.INTERRUPTED if args.poll is None else console.Status.DONE
     return _status(summary)
 
 

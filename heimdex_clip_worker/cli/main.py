@@ -55,6 +55,14 @@ VECTORS = [
         "backfill", "cli.backfill", "make a vector for each image of a table, restartable",
         ("backfill scenes.csv --url-column url --out vectors.parquet",),
     ),
+    Command(
+        "sync", "cli.sync", "keep the vectors of a table in step with its images",
+        ("sync --install", "sync"),
+    ),
+    Command(
+        "status", "cli.status", "show how far a table is, and what fails or waits",
+        ("status --max-age 600",),
+    ),
 ]  # fmt: skip
 
 # %% ../../nbs/14_cli.ipynb #of-an-endpoint

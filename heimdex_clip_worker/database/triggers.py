@@ -115,6 +115,7 @@ class Triggers:
             for role in ("changed", "added", "dated", "todo")
         }
         self.channel = _name("wake", schema, name, names["vector"])
+        self.guard = f"zz_{self._names['changed']}"  # the name of the trigger that clears vectors
         self._is_broken = self._names["todo"] in invalid  # a build that was interrupted
         self._schema, self._roles = schema, ["changed"]
         self._roles += ["added"] if notifies else []

@@ -47,6 +47,11 @@ def _name(role: str, schema: str, table: str, vector: str) -> str:
     start = f"heimdex_{role}_{table}".encode()[:48].decode(errors="ignore")
     return f"{start}_{digest}"
 
+
+def _lock_key(channel: str) -> int:
+    """Derive a key for an advisory lock, of 63 bits, that no other program uses."""
+    return int.from_bytes(hashlib.sha256(channel.encode()).digest()[:8], "big") >> 1
+
 # %% ../../nbs/11e_triggers.ipynb #bodies
 _CHANGED = """
 BEGIN
@@ -73,6 +78,10 @@ BEGIN
         || jsonb_build_object('waiting_since', {now});
     RETURN NEW;
 END"""
+_NOTIFY = """IF pg_try_advisory_xact_lock({key}) THEN
+        PERFORM pg_notify({channel}, '');
+    END IF;
+    """
 _NOW = """to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 _FUNCTION = """CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY INVOKER SET search_path = pg_catalog, pg_temp AS {body}"""
@@ -125,11 +134,11 @@ class Triggers:
         for part, prefix in pairs.items():
             columns = [sql.SQL(f"{prefix}.{{}}").format(sql.Identifier(c)) for c in watched]
             quoted[part] = sql.SQL(", ").join(columns)
-        notify = "PERFORM pg_notify({}, '');\n    " if notifies else ""
+        notify, key = (_NOTIFY if notifies else ""), sql.Literal(_lock_key(self.channel))
         self._parts = {
             **quoted, "table": sql.Identifier(schema, name), "now": sql.SQL(_NOW),
             "facts": sql.Literal("{" + ",".join(sink.facts) + "}"),
-            "notify": sql.SQL(notify).format(sql.Literal(self.channel)),
+            "notify": sql.SQL(notify).format(key=key, channel=sql.Literal(self.channel)),
         }  # fmt: skip
 
     def install(self) -> list[str]:

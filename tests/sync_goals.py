@@ -4,8 +4,9 @@
 
 1. Rows are inserted one at a time into an idle table. From the insert to the vector it may take
    1.5 s (p95) longer than the endpoint takes for one image; also by polling alone, each second.
-2. Inserts of 100 rows, at 500 rows/s and as fast as possible, with the triggers and without them,
-   in turn. The median may be at most a tenth higher.
+2. Inserts of 100 rows, at 500 rows/s and as fast as possible, with the triggers, with the triggers
+   and the index, and without both, in turn. The median may be at most a tenth higher. What four
+   clients at once lose is measured too.
 3. Two processes are killed with SIGKILL while rows are inserted, changed and deleted. In the end
    each row must have the vector of the picture that its URL names, no picture may be embedded twice
    for a row, and nothing may be left.
@@ -324,7 +325,7 @@ def main() -> int:
         for pace, kinds in cost_of_triggers(world, args.rounds).items():
             times = {kind: 1000 * median(seconds) for kind, seconds in kinds.items()}
             ratios = {kind: times[kind] / times["bare"] for kind in ("triggers", "all")}
-            is_reached &= ratios["triggers"] <= SLOWER
+            is_reached &= "clients" in pace or ratios["all"] <= SLOWER
             print(f"100 rows a statement, {pace}: {times['bare']:.2f} ms bare, "
                   f"{ratios['triggers']:.3f} times that with the triggers, {ratios['all']:.3f} "
                   "with the index too", flush=True)  # fmt: skip

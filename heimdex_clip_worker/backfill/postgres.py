@@ -494,8 +494,7 @@ def _fragments(has_url: bool) -> dict[str, str]:
         "now": _TIME.replace("{time}", "clock_timestamp()"),
         "is_open": _IS_OPEN,
         "and_has_url": _HAS_URL if has_url else "",
-        # guard: a vector is written only while the row has the URL that it was made from
-        "is_same_url": _IS_SAME_URL if has_url else "true",
+        "is_same_url": _IS_SAME_URL if has_url else "true",  # guard: a result is of its picture
         "is_selected": _IS_SELECTED,
         "seconds_held": _SECONDS_HELD,
         "attempts": _ATTEMPTS,

@@ -83,8 +83,9 @@ _NOTIFY = """IF pg_try_advisory_xact_lock({key}) THEN
     END IF;
     """
 _NOW = """to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-_FUNCTION = """CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY INVOKER SET search_path = pg_catalog, pg_temp AS {body}"""
+_PATH = "SET search_path = pg_catalog, pg_temp"  # guard: names in a trigger are PostgreSQL's own
+_FUNCTION = f"""CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger
+LANGUAGE plpgsql SECURITY INVOKER {_PATH} AS {{body}}"""
 _TRIGGERS = {  # role -> when it runs; in the order of names, `zz` comes behind the user's own
     "changed": "BEFORE UPDATE ON {table} FOR EACH ROW\n"
     "    WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)",
@@ -126,7 +127,8 @@ class Triggers:
         self.channel = _name("wake", schema, name, names["vector"])
         self.guard = f"zz_{self._names['changed']}"  # the name of the trigger that clears vectors
         self._is_broken = self._names["todo"] in invalid  # a build that was interrupted
-        self._schema, self._roles = schema, ["changed"]
+        self._schema = schema
+        self._roles = ["changed"]  # guard: another picture clears the vector
         self._roles += ["added"] if notifies else []
         self._roles += [] if time else ["dated"]
         quoted = {role: sql.Identifier(column) for role, column in names.items()}

@@ -338,7 +338,7 @@ _DIMS = {  # of CLIP's models, without "-quickgelu"
     "RN50x16": 768, "RN50x64": 1024,
 }  # fmt: skip
 
-Follow = Callable[[Sink, Callable[[str], None]], AbstractContextManager[threading.Event | None]]
+_Follow = Callable[[Sink, Callable[[str], None]], AbstractContextManager[threading.Event | None]]
 
 
 def _do_not_follow(sink: Sink, say: Callable[[str], None]) -> AbstractContextManager[None]:
@@ -350,7 +350,7 @@ def _backfill(
     client: backfill_run.Client,
     settings: ClientSettings,
     progress: console.Progress,
-    follow: Follow = _do_not_follow,
+    follow: _Follow = _do_not_follow,
 ) -> dict[str, Any]:
     """Run a backfill; return its summary; raise BackfillError or ClipInferenceError."""
 
@@ -374,26 +374,38 @@ def _backfill(
             sink.selection = replace(selection, space_id=space_id)
         if args.dry_run:
             return _dry_run(args, source, sink)
-        total = None
-        if args.poll is None:
-            todo = backfill_run.count_rows(source, sink)
-            total = min(todo, args.limit or todo)
-            with console.needs("backfill", "A progress bar"):
-                progress.begin(total)
-        options = _read_options(args, version)
-        with follow(sink, progress.say) as wake:
-            run = backfill_run.Run(
-                source, sink, client, options, bucket=bucket, say=progress.say, wake=wake
-            )
-            summary = _drive(run, sink, progress, total)
+        summary = _embed_rows(args, source, sink, client, bucket, progress, follow)
         status = summary["status"]
-        if status != "failed" and not args.follows:  # a table may be too large to count it often
-            space_id = run.space_id or sink.selection.space_id
-            summary["other_spaces"] = backfill_run.other_spaces(sink, space_id, version)
         return summary
     finally:
         progress.close()
         sink.close(complete=status in ("done", "limit", "max-cost"))
+
+
+def _embed_rows(
+    args: argparse.Namespace,
+    source: RowSource,
+    sink: Sink,
+    client: backfill_run.Client,
+    bucket: Bucket | None,
+    progress: console.Progress,
+    follow: _Follow,
+) -> dict[str, Any]:
+    """Embed the rows, and count the vectors of other spaces; return the summary."""
+    total, say, version = None, progress.say, sink.selection.model_version
+    if args.poll is None:
+        todo = backfill_run.count_rows(source, sink)
+        total = min(todo, args.limit or todo)
+        with console.needs("backfill", "A progress bar"):
+            progress.begin(total)
+    options = _read_options(args, version)
+    with follow(sink, say) as wake:
+        run = backfill_run.Run(source, sink, client, options, bucket=bucket, say=say, wake=wake)
+        summary = _drive(run, sink, progress, total)
+    if summary["status"] != "failed" and not args.follows:  # counting takes long in a large table
+        space_id = run.space_id or sink.selection.space_id
+        summary["other_spaces"] = backfill_run.other_spaces(sink, space_id, version)
+    return summary
 
 
 def _read_options(args: argparse.Namespace, model_version: str) -> backfill_run.Options:
@@ -404,7 +416,7 @@ def _read_options(args: argparse.Namespace, model_version: str) -> backfill_run.
     )  # fmt: skip
 
 # %% ../../nbs/13h_backfill.ipynb #run
-def run(args: argparse.Namespace, follow: Follow = _do_not_follow) -> int:
+def run(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
     """Run `heimdex-clip backfill`, or `sync`; return the exit status."""
     needs_endpoint = not args.dry_run or args.reembed
     overrides = {} if needs_endpoint else {"backend": "off"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from ..backfill.postgres import Database, PostgresSink
 from ..backfill.rows import BackfillError, Selection, UsageError
@@ -116,7 +116,9 @@ def _install(args: argparse.Namespace) -> int:
     return console.Status.DONE
 
 # %% ../../nbs/13l_sync.ipynb #run
-def _follow(args: argparse.Namespace) -> backfill.Follow:
+def _follow(
+    args: argparse.Namespace,
+) -> Callable[..., AbstractContextManager[threading.Event | None]]:
     """Make what goes on beside a run: the listener, if the run goes on."""
 
     @contextmanager

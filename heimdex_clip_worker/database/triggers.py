@@ -120,10 +120,8 @@ class Triggers:
                 "ALTER TABLE ... ALTER COLUMN ... DROP NOT NULL"
             )
         self.time_column: str | None = time  # with the age of a row; None: there is none
-        self._names = {
-            role: _name(role, schema, name, names["vector"])
-            for role in ("changed", "added", "dated", "todo")
-        }
+        roles = ("changed", "added", "dated", "todo")
+        self._names = {role: _name(role, schema, name, names["vector"]) for role in roles}
         self.channel = _name("wake", schema, name, names["vector"])
         self.guard = f"zz_{self._names['changed']}"  # the name of the trigger that clears vectors
         self._is_broken = self._names["todo"] in invalid  # a build that was interrupted
@@ -132,9 +130,8 @@ class Triggers:
         self._roles += ["added"] if notifies else []
         self._roles += [] if time else ["dated"]
         quoted = {role: sql.Identifier(column) for role, column in names.items()}
-        pairs = {"old": "OLD", "new": "NEW"}
-        for part, prefix in pairs.items():
-            columns = [sql.SQL(f"{prefix}.{{}}").format(sql.Identifier(c)) for c in watched]
+        for part in ("old", "new"):
+            columns = [sql.SQL(f"{part.upper()}.{{}}").format(sql.Identifier(c)) for c in watched]
             quoted[part] = sql.SQL(", ").join(columns)
         notify, key = (_NOTIFY if notifies else ""), sql.Literal(_lock_key(self.channel))
         self._parts = {

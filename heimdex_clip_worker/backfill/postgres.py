@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -555,6 +556,7 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
+_UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 
 
@@ -605,7 +607,7 @@ class PostgresSink(Sink):
         self._patience_s = patience_s
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
-        self._unwritable: set[int | str] = set()  # not recorded, so they stay selected
+        self._unwritable: dict[int | str, float] = {}  # not recorded, so they stay selected; since
 
     def compose(self, text: str) -> Any:
         """Fill the names of the table, and the rules about its rows, into a statement."""
@@ -763,7 +765,7 @@ class PostgresSink(Sink):
         readable = [row for row in rows if row.id not in unreadable]
         indices = self._find("selected", readable, **vars(self.selection))
         ids = {readable[n].id for n in indices} | {row.id for row in self._missing(readable)}
-        ids -= self._unwritable
+        ids -= self._unwritable.keys()
         return [row for row in rows if row.id in ids]
 
     def _unreadable(self, rows: list[Row]) -> dict[int | str, str]:
@@ -778,6 +780,9 @@ class PostgresSink(Sink):
 
         A row that can never be claimed is returned with the error NOT_WRITABLE.
         """
+        if self._is_lasting:  # what does not let a row be written may change
+            since = time.monotonic() - _UNWRITABLE_S
+            self._unwritable = {i: t for i, t in self._unwritable.items() if t > since}
         rows = [row for row in rows if row.id not in self._unwritable]
         reasons = self._unreadable(rows)
         reasons |= self._add([row for row in rows if row.id not in reasons])
@@ -801,12 +806,14 @@ class PostgresSink(Sink):
         reasons |= {row_id: _LOCKED if is_locked else _UPDATES_NONE for row_id in stuck}
         held = {i: s for i, s in held.items() if i not in reasons}
         self.wait_s = max(held.values(), default=0.0)
-        self._unwritable |= reasons.keys()
+        self._unwritable |= dict.fromkeys(reasons, time.monotonic())
         return claimed + [_unwritable(r, reasons[r.id]) for r in rows if r.id in reasons], len(held)
 
     def _locked_for_long(self, ids: list[int | str]) -> list[int | str]:
         """Note when ids were first found locked; return those for which patience is over."""
         now = time.monotonic()
+        if self._patience_s == math.inf:
+            return []
         self._locked |= {i: now for i in ids if i not in self._locked}
         return [i for i in ids if now - self._locked[i] > self._patience_s]
 
@@ -905,7 +912,7 @@ class PostgresSink(Sink):
             failures[n] = failure(row, row.error)
         recorded, _ = self._write(list(failures.values()))
         left = [f.row for n, f in enumerate(failures.values()) if n not in recorded]
-        self._unwritable |= {row.id for row in left}
+        self._unwritable |= {row.id: time.monotonic() for row in left}
         self.release([row for row in left if row.id in self._leases])
         return failures
 

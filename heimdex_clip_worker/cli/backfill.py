@@ -442,8 +442,10 @@ def run(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
         if was_at_work:
             console.say("What is done is kept: the same command goes on from here.", "INFO")
         return console.Status.FAILED
-    if summary["status"] == "interrupted":  # the usual end of a process that goes on
-        return console.Status.INTERRUPTED if args.poll is None else console.Status.DONE
+    if args.poll is not None:  # a process that goes on ends by a signal, or at its maximum cost
+        return console.Status.DONE
+    if summary["status"] == "interrupted":
+        return console.Status.INTERRUPTED
     return _status(summary)
 
 

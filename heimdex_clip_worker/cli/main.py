@@ -59,6 +59,14 @@ VECTORS = [
         ("backfill scenes.csv --url-column url --out vectors.parquet",),
     ),
     Command(
+        "sync", "cli.sync", "keep the vectors of a table in step with its images",
+        ("sync --install", "sync"),
+    ),
+    Command(
+        "status", "cli.status", "show how far a table is, and what fails or waits",
+        ("status --max-age 600",),
+    ),
+    Command(
         "migrate", "cli.migrate", "move a column of vectors to another space or precision",
         ("migrate add --to clip_v2 --type 'vector(768)'",), passes_on=True,
     ),

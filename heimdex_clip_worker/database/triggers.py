@@ -47,6 +47,11 @@ def _name(role: str, schema: str, table: str, vector: str) -> str:
     start = f"heimdex_{role}_{table}".encode()[:48].decode(errors="ignore")
     return f"{start}_{digest}"
 
+
+def _lock_key(channel: str) -> int:
+    """Derive a key for an advisory lock, of 63 bits, that no other program uses."""
+    return int.from_bytes(hashlib.sha256(channel.encode()).digest()[:8], "big") >> 1
+
 # %% ../../nbs/11e_triggers.ipynb #bodies
 _CHANGED = """
 BEGIN
@@ -73,9 +78,14 @@ BEGIN
         || jsonb_build_object('waiting_since', {now});
     RETURN NEW;
 END"""
+_NOTIFY = """IF pg_try_advisory_xact_lock({key}) THEN
+        PERFORM pg_notify({channel}, '');
+    END IF;
+    """
 _NOW = """to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-_FUNCTION = """CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY INVOKER SET search_path = pg_catalog, pg_temp AS {body}"""
+_PATH = "SET search_path = pg_catalog, pg_temp"  # guard: names in a trigger are PostgreSQL's own
+_FUNCTION = f"""CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger
+LANGUAGE plpgsql SECURITY INVOKER {_PATH} AS {{body}}"""
 _TRIGGERS = {  # role -> when it runs; in the order of names, `zz` comes behind the user's own
     "changed": "BEFORE UPDATE ON {table} FOR EACH ROW\n"
     "    WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)",
@@ -110,25 +120,24 @@ class Triggers:
                 "ALTER TABLE ... ALTER COLUMN ... DROP NOT NULL"
             )
         self.time_column: str | None = time  # with the age of a row; None: there is none
-        self._names = {
-            role: _name(role, schema, name, names["vector"])
-            for role in ("changed", "added", "dated", "todo")
-        }
+        roles = ("changed", "added", "dated", "todo")
+        self._names = {role: _name(role, schema, name, names["vector"]) for role in roles}
         self.channel = _name("wake", schema, name, names["vector"])
+        self.guard = f"zz_{self._names['changed']}"  # the name of the trigger that clears vectors
         self._is_broken = self._names["todo"] in invalid  # a build that was interrupted
-        self._schema, self._roles = schema, ["changed"]
+        self._schema = schema
+        self._roles = ["changed"]  # guard: another picture clears the vector
         self._roles += ["added"] if notifies else []
         self._roles += [] if time else ["dated"]
         quoted = {role: sql.Identifier(column) for role, column in names.items()}
-        pairs = {"old": "OLD", "new": "NEW"}
-        for part, prefix in pairs.items():
-            columns = [sql.SQL(f"{prefix}.{{}}").format(sql.Identifier(c)) for c in watched]
+        for part in ("old", "new"):
+            columns = [sql.SQL(f"{part.upper()}.{{}}").format(sql.Identifier(c)) for c in watched]
             quoted[part] = sql.SQL(", ").join(columns)
-        notify = "PERFORM pg_notify({}, '');\n    " if notifies else ""
+        notify, key = (_NOTIFY if notifies else ""), sql.Literal(_lock_key(self.channel))
         self._parts = {
             **quoted, "table": sql.Identifier(schema, name), "now": sql.SQL(_NOW),
             "facts": sql.Literal("{" + ",".join(sink.facts) + "}"),
-            "notify": sql.SQL(notify).format(sql.Literal(self.channel)),
+            "notify": sql.SQL(notify).format(key=key, channel=sql.Literal(self.channel)),
         }  # fmt: skip
 
     def install(self) -> list[str]:

@@ -38,6 +38,7 @@ FILES = {
     "preprocess": "model/preprocess.py", "image": "model/image.py", "golden": "model/golden.py",
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
+    "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
     "endpoint": "remote/endpoint.py",
     "settings": "settings.py", "process": "serving/process.py",
     "client": "client.py", "deploy": "cli/deploy.py",
@@ -71,6 +72,8 @@ TESTS = {
     "weights": ["tests/model/test_bake.py"],
     "rows": ["tests/backfill/test_files.py"],
     "files": ["tests/backfill/test_files.py"],
+    "postgres": ["tests/backfill/test_table.py"],
+    "triggers": ["tests/backfill/test_table.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
     "process": [
@@ -329,6 +332,13 @@ FILES_OF_ROWS = [
     ("bytes are decoded cell by cell", NEVER),
     ("small floats are exact", NEVER),
 ]
+POSTGRES = [
+    ("a result is of its picture", (r"_IS_SAME_URL if has_url else ", "")),
+]
+TRIGGERS = [
+    ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),
+    ("another picture clears the vector", (r'\["changed"\]', "[]")),
+]
 ENDPOINT = [
     ("a response has a deadline", NEVER),
     ("a response has a size", NEVER),
@@ -402,6 +412,8 @@ GUARDS = [
         ("weights", WEIGHTS),
         ("rows", ROWS),
         ("files", FILES_OF_ROWS),
+        ("postgres", POSTGRES),
+        ("triggers", TRIGGERS),
         ("endpoint", ENDPOINT),
         ("settings", SETTINGS),
         ("process", PROCESS),

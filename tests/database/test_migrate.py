@@ -23,6 +23,7 @@ from heimdex_clip_worker.backfill.run import Options, Run
 from heimdex_clip_worker.cli import migrate as command
 from heimdex_clip_worker.database.migrate import Migration
 from heimdex_clip_worker.database.search import RowSpace
+from heimdex_clip_worker.database.triggers import Triggers
 
 pytestmark = pytest.mark.postgres
 SCHEMA = Path(__file__).parents[1] / "backfill" / "heimdex_schema.sql"
@@ -209,6 +210,21 @@ def test_a_new_picture_clears_the_new_vector_and_the_lease(table: Table) -> None
     table.admin.execute("UPDATE video_scenes SET transcript = 'y' WHERE index = 4")
     assert move.counts().missing == 1
     assert table.value("SELECT clip_v2_metadata FROM video_scenes WHERE index = 3") is None
+
+
+def test_the_triggers_of_sync_follow_the_name(table: Table) -> None:
+    database = Database(table.uri_of("app"))
+    triggers = Triggers(database, PostgresSink(database, Selection()))
+    triggers.apply(triggers.install())
+    move = table.move()
+    move.add("vector(2)")
+    table.embed(move)
+    table.admin.execute("UPDATE video_scenes SET thumbnail_url = 'y' WHERE index = 3")
+    assert (move.counts().old, move.counts().new) == (ROWS - 1, ROWS - 1)
+    move.swap()
+    table.admin.execute("UPDATE video_scenes SET thumbnail_url = 'y' WHERE index = 4")
+    assert (move.counts().old, move.counts().new) == (ROWS - 2, ROWS - 2)
+    assert len(move.indexes(of_vectors=False)["embedding_visual_clip_before"]) == 1
 
 
 def test_images_that_cannot_be_embedded_are_told_apart(table: Table) -> None:

@@ -149,11 +149,16 @@ class Selection:
     reembed: bool = False
     space_id: str = ""  # with reembed: the space that vectors must belong to
     model_version: str = ""  # with reembed: the version that vectors must have
+    retries: int = 0  # how often a failure that may pass is tried again later; 0: not
+    has_url: bool = False  # only rows with an image URL; else a missing one is a failure
     started: str = field(default_factory=_timestamp)  # failures since then belong to this run
 
     def includes(self, facts: Mapping[str, Any], has_vector: bool) -> bool:
         """True if a row in this state is to be embedded."""
         has_failed = "code" in facts
+        is_planned = self.retries > 0 and has_failed and "retry_at" in facts and not has_vector
+        if is_planned and facts["retry_at"] <= _timestamp():
+            return True
         if has_failed and facts.get("failed_at", "") >= self.started:
             return False
         if has_vector:
@@ -216,6 +221,9 @@ class Sink:
     def count_spaces(self) -> dict[tuple[str, str], int]:
         """Count the vectors of each space_id and model version."""
         raise NotImplementedError
+
+    def hurry(self) -> None:
+        """Wait for nothing long any more, because the process is to end."""
 
     def close(self, complete: bool) -> None:
         """Close the sink; `complete`: the run was neither interrupted nor ended by an error."""

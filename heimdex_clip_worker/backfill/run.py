@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class Options:
     workers: int = 1  # number of workers that this price is paid for
     max_cost: float | None = None  # end the run at this cost; None: never
     patience_s: float = 900  # seconds without any success after which the run ends
+    poll_s: float | None = None  # seconds between two searches for new rows; None: end instead
     model_version: str = "openai-vit-b-32-v1"  # recorded with every vector
 
 # %% ../../nbs/11d_backfill.ipynb #embed
@@ -163,10 +165,11 @@ class Meter:
     options: Options
     done: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by code
-    lost: int = 0  # results not written, since another process had taken over the row
+    lost: int = 0  # results not written, since another process has the row or its image is another
     vector_bytes: int = 0
     busy_s: float = 0.0  # seconds with at least one job in flight
     started: float = field(default_factory=time.monotonic)
+    shown: int = 0  # the count that the last message had
     ticked: float = field(default_factory=time.monotonic)  # the last call of `tick`
 
     def tick(self, is_busy: bool) -> None:
@@ -221,7 +224,7 @@ def _split_page(page: list[Row], sink: Sink) -> tuple[list[Row], list[RowResult]
 # %% ../../nbs/11d_backfill.ipynb #claims
 @dataclass(frozen=True)
 class _Wait:
-    """All rows that are left are held by other processes."""
+    """A pass is over: no row is left, or all that are left are held by other processes."""
 
     count: int  # how many rows they hold
     until_s: float = 0.0  # seconds until the last lease ends; 0: the rows are locked, not leased
@@ -238,7 +241,7 @@ def _claims(
     limit: int | None,  # largest number of rows to claim; None: all
     reject: Callable[[list[RowResult]], None],  # receives the failures of rejected rows
 ) -> Iterator[list[Row] | _Wait]:
-    """Yield the rows that this process has claimed; yield a `_Wait` between two passes."""
+    """Yield the rows that this process has claimed, and a `_Wait` after each pass, for ever."""
     left, is_first_pass = math.inf if limit is None else limit, True
     while left:
         busy, until_s = 0, 0.0
@@ -255,8 +258,6 @@ def _claims(
                 yield claimed
             if not left:
                 return
-        if not busy:
-            return
         yield _Wait(busy, until_s)
         is_first_pass = False
 
@@ -276,6 +277,7 @@ class Run:
         *,
         bucket: Bucket | None = None,  # None: rows have URLs
         say: Callable[[str], None] = lambda line: None,  # receives messages for the user
+        wake: threading.Event | None = None,  # set when there may be new rows
     ):
         self._sink, self._client, self._options = sink, client, options
         self._bucket, self._say, self._said_at = bucket, say, -math.inf
@@ -285,8 +287,10 @@ class Run:
         self._breaker = _CircuitBreaker(options.patience_s)
         page_size = options.in_flight * options.batch
         self._claims = _claims(source, sink, page_size, options.limit, self._reject)
-        self._has_claimed_all = False
+        self._wake = wake or threading.Event()
+        self._has_claimed_all = self._has_lost = False
         self._claim_at, self._waits = 0.0, 0  # when to claim again; waits in succession
+        self._is_between_passes, self._was_woken = True, False
         self._waiting_said_at = -math.inf
         self._unwritable: list[RowError] = []  # the first few
         self._rows: deque[Row] = deque()
@@ -336,7 +340,8 @@ class Run:
             self._send(pool)
         has_rows = self._in_flight or self._rows or self._retries
         if not has_rows and (self._has_claimed_all or self.stop_reason):
-            return False
+            has_lost, self._has_claimed_all, self._has_lost = self._has_lost, False, False
+            return has_lost and not self.stop_reason
         self._collect(0.1)
         self._sink.renew()
         return True
@@ -344,19 +349,37 @@ class Run:
     def _claim(self) -> None:
         """Claim rows until there are enough for a batch."""
         while not self._has_claimed_all and len(self._rows) < self._options.batch:
-            if time.monotonic() < self._claim_at:
+            if time.monotonic() < self._claim_at and not self._wake.is_set():
                 return
+            if self._is_between_passes:
+                self._was_woken, self._is_between_passes = self._wake.is_set(), False
+                self._wake.clear()  # a row that comes from now on may be behind the pass
+            began = time.monotonic()
             claim = next(self._claims, None)
             if claim is None:
                 self._has_claimed_all = True
             elif isinstance(claim, _Wait):
-                pause = pause_s(self._waits, first_s=0.5, longest_s=10, jitter=(1, 1))
-                self._claim_at, self._waits = time.monotonic() + pause, self._waits + 1
-                self._say_waiting(claim)
+                self._is_between_passes = True
+                self._pause(claim, time.monotonic() - began)
             else:
                 self._waits = 0
                 self._rows.extend(row for row in claim if not row.error)
                 self._write([failure(row, row.error) for row in claim if row.error])
+
+    def _pause(self, wait: _Wait, search_s: float) -> None:
+        """Choose the time of the next pass, or none if no row is left."""
+        poll_s = self._options.poll_s
+        if not wait.count and poll_s is None:
+            self._has_claimed_all = True
+            return
+        pause = pause_s(self._waits, first_s=0.5, longest_s=10, jitter=(1, 1))
+        self._waits += 1
+        if poll_s is None:
+            self._say_waiting(wait)
+        else:  # without the index of `sync`, searching a large table takes seconds
+            poll_s = min(poll_s, 1.0) if self._was_woken else poll_s  # for rows that come together
+            pause = max(min(pause, poll_s) if wait.count else poll_s, 9 * search_s)
+        self._claim_at = time.monotonic() + pause
 
     def _say_waiting(self, wait: _Wait) -> None:
         """Say how many rows others hold and until when, at most twice a minute."""
@@ -456,7 +479,11 @@ class Run:
         """Write results to the sink."""
         if results:
             written = self._sink.finish(results)
-            self.meter.count(written, lost=len(results) - len(written))
+            lost = len(results) - len(written)
+            self.meter.count(written, lost)
+            if lost:  # such a row may have another image now, and no result
+                self._has_lost = True
+                self._wake.set()
             self._say_unwritable([result for result in written if _is_unwritable(result.row)])
 
     def _say_unwritable(self, results: list[RowResult]) -> None:

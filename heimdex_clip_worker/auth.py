@@ -128,9 +128,11 @@ def canonical(
     size = 0
     for count, part in enumerate(_walk(value, 0), start=1):
         _check_value(part)
-        size += len(part) if type(part) is str else 1
-        if count > _MAX_VALUES or size > MAX_BYTES:
-            raise Unsignable(f"more than {_MAX_VALUES} values and keys or {MAX_BYTES} bytes")
+        if count > _MAX_VALUES:
+            raise Unsignable(f"at least {count} values and keys > {_MAX_VALUES} allowed")
+        size += len(part) if type(part) is str else 1  # in bytes, at least
+        if size > MAX_BYTES:
+            raise Unsignable(f"at least {size} bytes > {MAX_BYTES} allowed")
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     data = _utf8("a string", text)
     if len(data) > MAX_BYTES:

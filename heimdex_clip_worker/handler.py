@@ -198,7 +198,7 @@ class Worker:
         self.lost = False  # True once the device is lost
         self._pace = _Pace()
         self._tasks: set[Any] = set()  # of the jobs in hand
-        pipeline.watchdog.on_lost = self._abandon
+        pipeline.watchdog.on_doomed = self._abandon
         self._unfinished: dict[int, int] = {}  # items without a result, by request
 
     def images_in_hand(self) -> int:
@@ -231,7 +231,7 @@ class Worker:
                     del self._unfinished[id(request)]
             _ensure_json_serializable(reply)  # guard: replies are JSON
         except asyncio.CancelledError:
-            if not self.pipeline.watchdog.lost:
+            if not self.pipeline.watchdog.is_doomed:
                 _log.info("Request %s cancelled", request_id, extra={"request_id": request_id})
                 raise
             reply = _error_reply(self.pipeline.watchdog.error(), request_id)
@@ -247,7 +247,7 @@ class Worker:
         return reply
 
     def _abandon(self) -> None:
-        """Fail every job in hand now: the watchdog has found that this process is lost."""
+        """Fail every job in hand now: the watchdog has found that this process is doomed."""
         for task in self._tasks:
             task.cancel()  # guard: jobs are answered before the process ends
 
@@ -393,8 +393,9 @@ def _load(settings: Settings) -> Worker:
 def _intake(worker: Worker, settings: Settings) -> Intake:
     """Make the intake of a worker."""
     jobs = settings.max_concurrency
-    most = settings.max_images_in_hand or max(2 * worker.pipeline.in_flight, jobs)
-    return Intake(worker.handle, worker.images_in_hand, most=most, most_jobs=max(1, jobs // 8))
+    max_images = settings.max_images_in_hand or max(2 * worker.pipeline.in_flight, jobs)
+    limits = {"max_images": max_images, "max_jobs": max(1, jobs // 8)}
+    return Intake(worker.handle, worker.images_in_hand, **limits)
 
 
 def main() -> None:

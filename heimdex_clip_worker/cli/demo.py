@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,6 +104,16 @@ def seeded_checkpoint(folder: Path) -> Path:
         part.replace(path)
     return path
 
+# %% ../../nbs/13_demo.ipynb #seeded-variables
+def seeded_variables(
+    folder: Path,  # for the weights and their serving artifact
+    own: Mapping[str, str],  # the worker's other variables
+) -> dict[str, str]:
+    """Add seeded weights, made on first use, to a worker's variables."""
+    folder = folder.resolve()
+    artifacts = {"CLIP_ARTIFACT_DIR": str(folder / "serving")}
+    return {**artifacts, **own, "CLIP_PRETRAINED": str(seeded_checkpoint(folder))}
+
 # %% ../../nbs/13_demo.ipynb #choose-weights
 _NOTICE = """
   ****************************************************************************
@@ -119,7 +129,9 @@ def _choose_weights(folder: Path) -> dict[str, str]:
     if has_real_weights():
         return {}
     print(_NOTICE, flush=True)
-    return {"CLIP_PRETRAINED": str(seeded_checkpoint(folder))}
+    own = worker_variables()
+    artifacts = {name: own[name] for name in ("CLIP_ARTIFACT_DIR",) if name in own}
+    return seeded_variables(folder, artifacts)
 
 # %% ../../nbs/13_demo.ipynb #photo-server
 @contextlib.contextmanager

@@ -143,14 +143,15 @@ def _open_local(
     seeded: str | None = None,  # a folder for random weights
 ) -> Any:  # LocalBackend
     """Load the model; raise CommandError, SettingsError, StartError."""
+    start = time.monotonic()
     from heimdex_clip_worker.remote.local import LocalBackend, check_settings, worker_settings
 
     with console.needs("worker", "Embedding on this machine (backend local)"):
         env = worker_variables()
         if seeded:
-            from heimdex_clip_worker.cli.demo import seeded_checkpoint
+            from heimdex_clip_worker.cli.demo import seeded_variables
 
-            env["CLIP_PRETRAINED"] = str(seeded_checkpoint(Path(seeded)).resolve())
+            env = seeded_variables(Path(seeded), env)
         settings = worker_settings(env)
         check_settings(settings)
         from heimdex_clip_worker.serving.process import set_up_logging
@@ -158,12 +159,14 @@ def _open_local(
     set_up_logging("ERROR")
     say(f"Loading {settings.model_name} ({settings.pretrained})", "INFO")
     try:
-        return LocalBackend(settings, with_files=True)
+        backend = LocalBackend(settings, with_files=True)
     except ModelError as error:
         if env.get("CLIP_PRETRAINED"):
             raise
         problem = f"{error}. To try things out with random weights, add --seeded FOLDER"
         raise CommandError(problem) from error
+    say(f"Loaded in {time.monotonic() - start:.1f} s", "INFO")
+    return backend
 
 # %% ../../nbs/13d_embedding.ipynb #job-of
 def _job_of(source: Input, normalize: bool) -> dict[str, Any]:
@@ -340,7 +343,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../../nbs/13d_embedding.ipynb #run
 def run(args: argparse.Namespace) -> int:
     """Embed what is named; raise CommandError, SettingsError, ModelError, ClipInferenceError."""
-    start = time.monotonic()
     check_sources(args.source, args.text, args.recursive)
     skipped: dict[str, Counter[str]] = {}
     items = _inputs(args.source, args.text, args.whole_urls, args.recursive, skipped)
@@ -351,6 +353,7 @@ def run(args: argparse.Namespace) -> int:
         writer = stack.enter_context(open_writer(args.out)) if args.out else None
         options = (args.source, args.backend, not args.no_normalize, args.seeded)
         pairs = stack.enter_context(results(items, *options))
+        start = time.monotonic()  # the model is loaded
         total = None if any(map(os.path.isdir, args.source)) else len(args.source + args.text)
         show = stack.enter_context(console.progress_bar(total, "images", with_bar))
         tally = _report(pairs, writer, write_line, show)
@@ -358,7 +361,7 @@ def run(args: argparse.Namespace) -> int:
         if names := _describe(counts):
             say(f"{folder}: skipped {names}", "INFO")
     if tally.space:
-        say(tally.space, "INFO")
+        say(f"{tally.space}: compare vectors of one space only", "INFO")
     took = f"{tally.done} embedded, {tally.failed} failed in {time.monotonic() - start:.1f} s"
     took += f", written to {args.out}" if writer and tally.done else ""
     if tally.failed and not tally.done:

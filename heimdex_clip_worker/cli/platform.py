@@ -96,11 +96,11 @@ def worker_variables(args: argparse.Namespace) -> dict[str, str]:
     variables |= {"CLIP_DEVICE": args.device} if args.device else {}
     variables |= {"ALLOWED_PRIVATE_NETWORKS": "127.0.0.0/8"} if args.loopback_images else {}
     if args.seeded or not args.command and args.workers:
-        from heimdex_clip_worker.cli.demo import check_packages, seeded_checkpoint
+        from heimdex_clip_worker.cli.demo import check_packages, seeded_variables
 
         check_packages("A worker")
     if args.seeded:
-        variables["CLIP_PRETRAINED"] = str(seeded_checkpoint(Path(args.seeded)).resolve())
+        variables = seeded_variables(Path(args.seeded), variables)
     for pair in args.env:
         name, equals, value = pair.partition("=")
         if not name or not equals:

@@ -44,13 +44,13 @@ class Scaler:
         now, workers = self.clock(), [self.queue.workers[pod] for pod in self.pods]
         running = [worker for worker in workers if not worker.stopped]
         wanted = max(self._wanted(len(running), now), self.queue.behaviour.workers_min)
-        free = [worker for worker in workers if worker.stopped and not worker.jobs]
-        started = free[: max(wanted - len(running), 0)]
+        stopped = [worker for worker in workers if worker.stopped]
+        started = stopped[: max(wanted - len(running), 0)]
         for worker in started:
             worker.stopped, worker.polls, worker.idle_since = False, False, None
             self.started_at = now
         ended = [worker for worker in running if self._is_idle(worker.idle_since, now)]
-        ended = ended[: max(len(running) - self._least(wanted), 0)]
+        ended = ended[: max(len(running) - self._must_keep(wanted), 0)]
         for worker in ended:
             worker.stopped = True
         return [worker.pod for worker in started], [worker.pod for worker in ended]
@@ -67,7 +67,7 @@ class Scaler:
         has_waited = now - max(oldest.queued_at, self.started_at) > value
         return running + (has_waited or not running)
 
-    def _least(self, wanted: int) -> int:
+    def _must_keep(self, wanted: int) -> int:
         """Compute how many workers must not be stopped, although they are idle."""
         behaviour = self.queue.behaviour
         return wanted if behaviour.scaler == "REQUEST_COUNT" else behaviour.workers_min

@@ -119,9 +119,10 @@ def _read_config(path: Path) -> dict[str, Any] | None:  # None: there is none
         ) from error
 
 
-def in_one_line(error: BaseException) -> str:
-    """Write an error in one line of 200 characters at most."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Write an error in one line of at most so many characters; one that is cut ends in dots."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 # %% ../../nbs/03b_weights.ipynb #has-choice
 def _has_choice(config: Mapping[str, Any]) -> bool:
@@ -318,16 +319,48 @@ def _cached_weights(
 ) -> str | None:
     """Find the file of a hub repository that open_clip would load, if the cache has it."""
     from huggingface_hub import try_to_load_from_cache
-    from open_clip.constants import HF_WEIGHTS_NAME
-    from open_clip.pretrained import _get_safe_alternatives
 
-    owner, name, file = repository.split("/")
-    file, options = file or HF_WEIGHTS_NAME, {"cache_dir": cache_dir, "revision": revision or None}
-    for candidate in (*_get_safe_alternatives(file), file):
-        cached = try_to_load_from_cache(f"{owner}/{name}", candidate, **options)
+    owner_and_name, _, file = repository.rpartition("/")
+    options = {"cache_dir": cache_dir, "revision": revision or None}
+    for name in _names_of(file):
+        cached = try_to_load_from_cache(owner_and_name, name, **options)
         if isinstance(cached, str):
             return cached
     return None
+
+
+def _names_of(file: str) -> list[str]:
+    """List the names under which a hub repository may have a file, the preferred one first."""
+    from open_clip.constants import HF_WEIGHTS_NAME
+    from open_clip.pretrained import _get_safe_alternatives
+
+    file = file or HF_WEIGHTS_NAME
+    return [*_get_safe_alternatives(file), file]
+
+
+def _download(repository: str, cache_dir: str | None, revision: str) -> str:
+    """Download the weights into the hub's cache; raise OSError with the hub's error as context."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    owner_and_name, _, file = repository.rpartition("/")
+    options = {"cache_dir": cache_dir, "revision": revision or None}
+    *others, last = _names_of(file)
+    for name in others:
+        try:
+            return download_pretrained_from_hf(owner_and_name, name, **options)
+        except FileNotFoundError as error:
+            if not isinstance(error.__context__, RemoteEntryNotFoundError):
+                raise
+    return download_pretrained_from_hf(owner_and_name, last, **options)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Find what the hub library's error was raised from."""
+    error = error.__context__ or error
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _fetch_weights(
@@ -336,18 +369,14 @@ def _fetch_weights(
     revision: str = "",  # a commit of the hub repository; empty: the one that `main` names
 ) -> Path:
     """Find the file that holds the weights, downloading it if need be; raise ModelError."""
-    from open_clip.pretrained import download_pretrained_from_hf
-
     if weights.path is not None:
         return weights.path
     repository = weights.facts["hf_hub"]
-    owner_and_name, _, file = repository.rpartition("/")
-    options = {"revision": revision or None, "cache_dir": cache_dir}
+    where = repository, cache_dir, revision
     try:
-        cached = _cached_weights(repository, cache_dir, revision)
-        return Path(cached or download_pretrained_from_hf(owner_and_name, file or None, **options))
+        return Path(_cached_weights(*where) or _download(*where))
     except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split("Last error: ")[-1].split())[:200]
+        why = in_one_line(_first_cause(error), 400)
         raise ModelError(
             f"{weights} is neither in the hub cache nor to be had from "
             f"https://huggingface.co/{repository.strip('/')}: allow that connection, bring a "

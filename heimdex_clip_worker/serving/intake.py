@@ -24,8 +24,8 @@ def _size_of(
     return max([1, *map(len, lists)])
 
 # %% ../../nbs/05ca_intake.ipynb #intake-itself
-_HELD_S = 0.02  # between two looks at what is in hand
-_BEGIN_S = 3.0  # a job that was taken longer ago and has not begun is not in hand
+_POLL_S = 0.02  # between two looks at what is in hand
+_FORGET_AFTER_S = 3.0  # a job that was taken longer ago and has not begun is not in hand
 
 
 class Intake:
@@ -33,23 +33,24 @@ class Intake:
 
     def __init__(
         self,
-        reply_to: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],  # a job -> its reply
-        begun: Callable[[], int],  # -> images without a result, of the jobs that have begun
+        make_reply: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],  # from a job
+        count_images_begun: Callable[[], int],  # without a result, of the jobs that have begun
         *,
-        most: int,  # images in hand; with as many, no job is taken
-        most_jobs: int,  # in one call
+        max_images: int,  # in hand; with as many, no job is taken
+        max_jobs: int,  # in one call
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.reply_to, self.begun, self.clock = reply_to, begun, clock
-        self.most, self.most_jobs = most, most_jobs
-        self.waiting: dict[Any, tuple[int, float]] = {}  # images, and when the job was taken; by id
-        self.size = most  # images of the largest job of the last call; before it: expect large jobs
+        self.make_reply, self.count_images_begun, self.clock = make_reply, count_images_begun, clock
+        self.max_images, self.max_jobs = max_images, max_jobs
+        self.taken_not_begun: dict[Any, tuple[int, float]] = {}  # by id: images, and when taken
+        self.largest_last_job = max_images  # images, in the last call; at first expect large jobs
 
     def in_hand(self) -> int:
         """Count the images without a result."""
-        oldest = self.clock() - _BEGIN_S
-        self.waiting = {name: one for name, one in self.waiting.items() if one[1] > oldest}
-        return self.begun() + sum(count for count, _ in self.waiting.values())
+        oldest = self.clock() - _FORGET_AFTER_S
+        recent = {name: one for name, one in self.taken_not_begun.items() if one[1] > oldest}
+        self.taken_not_begun = recent
+        return self.count_images_begun() + sum(count for count, _ in recent.values())
 
     async def take(
         self,
@@ -58,27 +59,28 @@ class Intake:
         limit: int = 1,  # jobs for which the SDK has room
     ) -> list[dict[str, Any]] | None:  # None: no jobs now
         """Take some jobs, or none while there are enough images in hand."""
-        room = self.most - self.in_hand()
+        room = self.max_images - self.in_hand()
+        sdk_could_seem_full = limit <= 2 * self.max_jobs  # each job counts twice until it begins
         # guard: jobs begin before the SDK seems full
-        if self.waiting and limit <= 2 * self.most_jobs:
-            await asyncio.sleep(_HELD_S)
+        if self.taken_not_begun and sdk_could_seem_full:
+            await asyncio.sleep(_POLL_S)
             return None
         if room <= 0:  # guard: images in hand are bounded
-            await asyncio.sleep(_HELD_S)
+            await asyncio.sleep(_POLL_S)
             return None
-        fitting = max(1, room // self.size)  # guard: jobs are as large as those before
-        fitting = min(fitting, self.most_jobs)  # guard: large jobs come in a handful
+        fitting = max(1, room // self.largest_last_job)  # guard: jobs are as large as those before
+        fitting = min(fitting, self.max_jobs)  # guard: large jobs come in a handful
         jobs = await fetch(session, min(limit, fitting)) or []
         counts = [_size_of(job) for job in jobs]
         for job, count in zip(jobs, counts, strict=True):  # guard: taken images count at once
-            self.waiting[_id_of(job)] = count, self.clock()
-        self.size = max(counts, default=self.size)
+            self.taken_not_begun[_id_of(job)] = count, self.clock()
+        self.largest_last_job = max(counts, default=self.largest_last_job)
         return jobs or None
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """Make the reply to a job, whose images the handler counts from now on."""
-        self.waiting.pop(_id_of(job), None)
-        return await self.reply_to(job)
+        self.taken_not_begun.pop(_id_of(job), None)
+        return await self.make_reply(job)
 
 
 def _id_of(job: Any) -> Any:

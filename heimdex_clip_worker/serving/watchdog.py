@@ -104,7 +104,7 @@ class _Thread(threading.Thread):
         return " < ".join(names)
 
 # %% ../../nbs/05aa_watchdog.ipynb #end-process
-_GRACE_S = 3.0  # from the loss of the process to its end: the time for its last replies
+_GRACE_S = 3.0  # from the doom of the process to its end: the time for its last replies
 _MARGIN_S = 0.7  # the timer in C waits this much longer than Python
 _STDERR = 2  # its file descriptor: `sys.stderr` may be something else
 
@@ -149,15 +149,17 @@ class _Threads:
         count: int,  # of threads, those that hang not counted
         name: str,
         prepare: Callable[[], Any],  # called in each thread before its first call
+        *,
         limit_s: float,
-        limit_name: str,  # the setting that holds it, or "" if there is none
-        most_stuck: float,  # weight of the calls that hang, at which the process is lost
+        limit_name: str = "",  # the setting that holds it, if there is one
+        slow_first_call: bool = False,  # whether the first call may take _FIRST_TIMES the limit
+        most_stuck: float,  # weight of the calls that hang, at which the process is doomed
         failure: type[WorkerError],  # of a call that hangs
     ):
         self._watchdog, self._count, self._name, self._prepare = watchdog, count, name, prepare
         self._limit_s, self._limit_name = limit_s, limit_name
         self._most_stuck, self._failure = most_stuck, failure
-        self.is_first = bool(limit_name)  # whether no call has had a result yet
+        self.is_first = slow_first_call  # True until a call has a result
         self.in_hand: set[_Call] = set()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._threads: list[_Thread] = []
@@ -174,7 +176,7 @@ class _Threads:
     async def run(self, function: Callable[..., Any], *args: Any, weight: float = 1.0) -> Any:
         """Run `function` in a thread; return its result or raise its exception.
 
-        Raise the pool's `failure` if it takes too long, InferenceFailed if the process is lost.
+        Raise the pool's `failure` if it takes too long, InferenceFailed in a doomed process.
         """
         self._watchdog.enter()
         call = _Call(function, args, weight, self._finish)
@@ -197,7 +199,7 @@ class _Threads:
         for thread in [*self._threads]:
             if call := thread.give_up(self.limit_s):
                 self._replace(thread, call)
-        with suppress(RuntimeError):  # the next beat tries it again
+        with suppress(RuntimeError):  # the next check tries it again
             self._start_thread()
 
     def fail(self, error: Exception) -> None:
@@ -250,19 +252,19 @@ class _Threads:
         if self._limit_name:
             times = f"{_FIRST_TIMES} times " if self.is_first else ""
             limit += f" ({times}{self._limit_name})"
-        detail = f"watchdog: the {self._name} thread did not return within {limit}"
-        _log.error("W%s, at %s", detail[1:], thread.where())
+        problem = f"the {self._name} thread did not return within {limit}"
+        _log.error("Watchdog: %s, at %s", problem, thread.where())
         self._threads.remove(thread)
         self._stuck = {one: n for one, n in self._stuck.items() if one.is_alive()}
         self._stuck[thread] = call.weight
         if sum(self._stuck.values()) >= self._most_stuck:  # guard: what hangs is bounded
-            self._watchdog.lose(detail)
-        self._finish(call, None, self._failure(detail=detail))
+            self._watchdog.doom(problem)
+        self._finish(call, None, self._failure(detail=f"watchdog: {problem}"))
 
 # %% ../../nbs/05aa_watchdog.ipynb #watchdog-itself
-_BEAT_S = 0.5  # between two looks at the calls
-_REST_S = 0.05  # from the last call to the beat that stops the timer
-_SILENCE_S = 3.0  # how long the beats may be late before the timer in C ends the process
+_CHECK_S = 0.5  # between two looks at the calls
+_REST_S = 0.05  # from the last call to the check that stops the timer
+_SILENCE_S = 3.0  # how long the checks may be late before the timer in C ends the process
 
 
 class Watchdog:
@@ -271,12 +273,17 @@ class Watchdog:
     def __init__(self, model_timeout_s: float = 30):
         self.model_timeout_s = model_timeout_s
         self.ends_process = False  # True in the worker's own process
-        self.on_lost: Callable[[], None] = lambda: None  # called once, on the event loop
-        self.lost = ""  # why the process is of no more use, for the log
+        self.on_doomed: Callable[[], None] = lambda: None  # called once, on the event loop
+        self.problem = ""  # why the process is doomed, if it is
         self._pools: list[_Threads] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_beating = False
-        self._next_beat: asyncio.TimerHandle | None = None
+        self._is_checking = False
+        self._next_check: asyncio.TimerHandle | None = None
+
+    @property
+    def is_doomed(self) -> bool:
+        """True if the process runs nothing any more."""
+        return bool(self.problem)
 
     def threads(
         self,
@@ -284,10 +291,14 @@ class Watchdog:
         name: str,
         prepare: Callable[[], Any] = lambda: None,  # called in each thread before its first call
     ) -> _Threads:
-        """Make a pool for runs of the model; if one hangs, the process is lost."""
-        limit = (self.model_timeout_s, "MODEL_TIMEOUT_S")
-        self._pools.append(_Threads(self, count, name, prepare, *limit, 0, InferenceFailed))
-        return self._pools[-1]
+        """Make a pool for runs of the model; if one hangs, the process is doomed."""
+        pool = _Threads(
+            self, count, name, prepare, limit_s=self.model_timeout_s,
+            limit_name="MODEL_TIMEOUT_S", slow_first_call=True, most_stuck=0,
+            failure=InferenceFailed,
+        )  # fmt: skip
+        self._pools.append(pool)
+        return pool
 
     def decode_threads(
         self,
@@ -296,82 +307,84 @@ class Watchdog:
         limit_s: float,  # for one image
     ) -> _Threads:
         """Make a pool for decoders: it replaces threads that hang, until `count` of them do."""
-        options = (prepare, limit_s, "", count, DecodeFailed)
-        self._pools.append(_Threads(self, count, "decode", *options))
+        limits = {"limit_s": limit_s, "most_stuck": count, "failure": DecodeFailed}
+        self._pools.append(_Threads(self, count, "decode", prepare, **limits))
         return self._pools[-1]
 
     def enter(self) -> None:
-        """Get ready for a call; raise InferenceFailed if the process is lost."""
-        if self.lost:  # guard: a lost process runs nothing
+        """Get ready for a call; raise InferenceFailed if the process is doomed."""
+        if self.is_doomed:  # guard: a doomed process runs nothing
             raise self.error()
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # calls of an earlier loop are forgotten
-            self._loop, self._is_beating = loop, False
+            self._loop, self._is_checking = loop, False
             for pool in self._pools:
                 pool.in_hand.clear()
 
     def watch(self) -> None:
-        """Begin with the beats, unless they come already."""
-        if not self._is_beating:
-            self._is_beating = True
-            self._beat()
+        """Begin with the checks, unless they come already."""
+        if not self._is_checking:
+            self._is_checking = True
+            self._check()
 
     def rest_soon(self) -> None:
-        """Let the next beat come soon if there is no call in hand."""
-        if any(pool.in_hand for pool in self._pools) or not (self._is_beating and self._next_beat):
+        """Let the next check come soon if there is no call in hand."""
+        if any(pool.in_hand for pool in self._pools):
             return
-        if self._next_beat.when() > self._loop.time() + _REST_S:
-            self._next_beat.cancel()
+        if not (self._is_checking and self._next_check):
+            return
+        if self._next_check.when() > self._loop.time() + _REST_S:
+            self._next_check.cancel()
             # guard: a worker may be frozen right after a job
-            self._next_beat = self._loop.call_later(_REST_S, self._beat)
+            self._next_check = self._loop.call_later(_REST_S, self._check)
 
     def rest(self) -> None:
-        """Stop the beats and the timer if there is no call in hand: the event loop may end now."""
-        if any(pool.in_hand for pool in self._pools) or self.lost:
+        """Stop the checks and the timer if there is no call in hand: the event loop may end."""
+        if any(pool.in_hand for pool in self._pools) or self.is_doomed:
             return
-        self._is_beating = False
-        if self._next_beat:
-            self._next_beat.cancel()
+        self._is_checking = False
+        if self._next_check:
+            self._next_check.cancel()
         if self.ends_process:
             self._set_timer()  # guard: an idle worker has no timer
 
-    def lose(self, detail: str) -> None:
+    def doom(self, problem: str) -> None:
         """Fail every call, now and later, and end the process soon."""
-        if self.lost:
+        if self.is_doomed:
             return
-        self.lost = detail
+        self.problem = problem
         if self.ends_process:
-            _end_process()  # guard: a lost process ends
+            _end_process()  # guard: a doomed process ends
         for pool in self._pools:
             pool.fail(self.error())
-        self.on_lost()
+        self.on_doomed()
 
     def error(self) -> InferenceFailed:
-        """Make the error of a call in a lost process."""
-        return InferenceFailed(detail=self.lost, fatal=True)
+        """Make the error of a call in a doomed process."""
+        return InferenceFailed(detail=f"watchdog: {self.problem}", fatal=True)
 
     def end(self, timeout_s: float = 1.0) -> None:
         """End the process now if a thread hangs; else let it end by itself, in bounded time."""
         faulthandler.dump_traceback_later(2 * _GRACE_S, exit=True, file=_STDERR)
         ended = [pool.close(timeout_s) for pool in self._pools]
-        if self.lost or not all(ended):  # guard: no thread delays the end
-            _exit_at_once(1 if self.lost else 0)
+        if self.is_doomed or not all(ended):  # guard: no thread delays the end
+            _exit_at_once(1 if self.is_doomed else 0)
 
-    def _beat(self) -> None:
+    def _check(self) -> None:
         """Look at every call; come again soon while there are any."""
         for pool in self._pools:
             pool.check()  # guard: a call that hangs is found
-        if self.lost:
+        if self.is_doomed:
             return
-        self._is_beating = any(pool.in_hand for pool in self._pools)
-        if self._is_beating:
-            self._next_beat = self._loop.call_later(_BEAT_S, self._beat)
+        self._is_checking = any(pool.in_hand for pool in self._pools)
+        if self._is_checking:
+            self._next_check = self._loop.call_later(_CHECK_S, self._check)
         if self.ends_process:
             self._set_timer()
 
     def _set_timer(self) -> None:
-        """Wind up the timer in C, or stop it if there is no call in hand."""
-        if not self._is_beating:
+        """Re-arm the timer in C, or stop it if there is no call in hand."""
+        if not self._is_checking:
             faulthandler.cancel_dump_traceback_later()
             return
         now = time.monotonic()

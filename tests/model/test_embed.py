@@ -10,12 +10,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import seeded
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -157,6 +159,7 @@ def test_an_extremely_long_image_is_prepared_cheaply(embedder):
 def test_the_tag_loads_offline_with_only_environment_variables(vectors, arrivals, tmp_path):
     """A process of its own: the hub library reads its variables when it is imported."""
     code = f"""
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from heimdex_clip_worker.model.image import Embedder
 e = Embedder.load("ViT-B-32", "openai", device="cpu", precision="fp32", preprocess="exact")
@@ -305,6 +308,27 @@ def test_an_unreachable_hub_is_an_error_and_never_replaced_by_random_weights(tmp
     line = refusal("ViT-B-32", "openai", cache_dir=str(tmp_path))
     assert line.startswith("CLIP_PRETRAINED='openai' is neither in the hub cache")
     assert "https://huggingface.co/timm/vit_base_patch32_clip_224.openai:" in line
+
+
+_NO_FILE = RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(("error", "last"), [(_NO_FILE, "bin"), (OSError("down"), "safetensors")])
+def test_another_file_is_tried_if_the_hub_has_not_the_first(error, last, tmp_path, monkeypatch):
+    names = []
+
+    def download(filename: str, **options: object) -> None:
+        names.append(filename)
+        raise error
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
+    line = refusal("ViT-B-32", "openai", cache_dir=str(tmp_path))
+    assert names[-1].endswith(last) and line.endswith(f"({type(error).__name__}: {error})")
+
+
+def test_an_error_that_is_cut_ends_in_dots():
+    assert weights.in_one_line(OSError("a\nb")) == "OSError: a b"
+    assert weights.in_one_line(OSError("a" * 300)) == "OSError: " + "a" * 188 + "..."
 
 
 def test_a_damaged_file_in_the_hub_cache_is_refused(tmp_path):

@@ -254,7 +254,7 @@ def test_a_hub_that_does_not_answer_has_a_status_of_its_own(tmp_path, monkeypatc
     assert golden.main([file]) == 1
     monkeypatch.undo()
     down, nothing = raising(OSError("down")), lambda *args: None
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", down)
+    monkeypatch.setattr("heimdex_clip_worker.model.weights._download", down)
     monkeypatch.setattr("heimdex_clip_worker.model.weights._cached_weights", nothing)
     assert golden.main([file]) == 3
     assert "https://huggingface.co" in capsys.readouterr().err and not Path(file).exists()

@@ -185,7 +185,7 @@ def test_the_sdks_loop_never_believes_that_it_is_full_of_small_jobs(monkeypatch)
         await sleep(0)
         return [queue.pop() for _ in range(min(limit, len(queue)))]
 
-    async def reply_to(job):
+    async def make_reply(job):
         await sleep(0.01)
         answered.append(job["id"])
         return {}
@@ -204,7 +204,7 @@ def test_the_sdks_loop_never_believes_that_it_is_full_of_small_jobs(monkeypatch)
         scaler.kill_worker()
         await loops
 
-    intake = Intake(reply_to, lambda: 0, most=128, most_jobs=8)
+    intake = Intake(make_reply, lambda: 0, max_images=128, max_jobs=8)
     monkeypatch.setattr(asyncio, "sleep", note)
     asyncio.run(asyncio.wait_for(run(), 30))
     assert len(set(answered)) == 200 and max(sleeps) < 1

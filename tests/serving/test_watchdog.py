@@ -192,7 +192,7 @@ def hung_pipeline(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> 
 
     monkeypatch.setattr(pipeline_module, "prepare_image", prepare)
     monkeypatch.setattr(pipeline_module, "_DECODE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(watchdog_module, "_BEAT_S", 0.1)
+    monkeypatch.setattr(watchdog_module, "_CHECK_S", 0.1)
     return Pipeline(None, None, PixelLimits(), decode_workers=3)
 
 
@@ -234,8 +234,8 @@ def test_a_text_tower_whose_load_never_returns():
 
 
 def test_calls_wait_while_no_thread_is_to_be_had(monkeypatch):
-    """A thread that hangs cannot be replaced at once. The beats go on, and try it again."""
-    monkeypatch.setattr(watchdog_module, "_BEAT_S", 0.1)
+    """A thread that hangs cannot be replaced at once. The checks go on, and try it again."""
+    monkeypatch.setattr(watchdog_module, "_CHECK_S", 0.1)
     release, start, may_start = threading.Event(), threading.Thread.start, [True]
 
     def start_if_allowed(thread: threading.Thread) -> None:
@@ -259,7 +259,7 @@ def test_calls_wait_while_no_thread_is_to_be_had(monkeypatch):
         results = await asyncio.wait_for(work, 5)
         await asyncio.sleep(0.2)
         release.set()
-        return [type(results[0]), results[1], watchdog._is_beating]
+        return [type(results[0]), results[1], watchdog._is_checking]
 
     assert asyncio.run(results()) == [DecodeFailed, (3, 1), False]
 
@@ -276,8 +276,8 @@ def test_a_first_call_that_fails_leaves_the_next_one_its_time():
     assert asyncio.run(limits()) == [4, 1]
 
 
-def test_a_call_of_a_loop_that_was_closed_does_not_end_the_beats(monkeypatch):
-    monkeypatch.setattr(watchdog_module, "_BEAT_S", 0.1)
+def test_a_call_of_a_loop_that_was_closed_does_not_end_the_checks(monkeypatch):
+    monkeypatch.setattr(watchdog_module, "_CHECK_S", 0.1)
     watchdog, release = Watchdog(), threading.Event()
     decoders, loop = watchdog.decode_threads(3, int, 0.2), asyncio.new_event_loop()
     left = loop.create_task(decoders.run(release.wait))
@@ -327,25 +327,25 @@ def test_the_end_comes_while_the_lock_is_held():
 
 def test_the_timer_stops_right_after_the_last_call(monkeypatch):
     """A platform may freeze a worker that has replied. When it goes on, no time may be over."""
-    monkeypatch.setattr(watchdog_module, "_BEAT_S", 5)
+    monkeypatch.setattr(watchdog_module, "_CHECK_S", 5)
 
-    async def is_beating() -> list[bool]:
+    async def is_checking() -> list[bool]:
         watchdog = Watchdog()
         model, seen = watchdog.threads(1, "model"), []
         for _ in range(2):
             calls = [asyncio.ensure_future(model.run(time.sleep, 0.15)) for _ in range(2)]
             await calls[0]
-            seen.append(watchdog._is_beating)
+            seen.append(watchdog._is_checking)
             await calls[1]
             await asyncio.sleep(0.5)
-            seen.append(watchdog._is_beating)
+            seen.append(watchdog._is_checking)
         return seen
 
-    assert asyncio.run(is_beating()) == [True, False] * 2
+    assert asyncio.run(is_checking()) == [True, False] * 2
 
 
 def test_an_idle_worker_has_no_timer_and_a_busy_one_has_one(monkeypatch):
-    monkeypatch.setattr(watchdog_module, "_BEAT_S", 0.1)
+    monkeypatch.setattr(watchdog_module, "_CHECK_S", 0.1)
 
     def timers_of(loop: asyncio.AbstractEventLoop) -> int:
         return sum(not timer.cancelled() for timer in loop._scheduled)
@@ -367,7 +367,7 @@ def test_an_idle_worker_has_no_timer_and_a_busy_one_has_one(monkeypatch):
 
 
 def test_a_worker_without_a_job_lives_on(platform, photos, tmp_path):
-    """The check before the first job has an event loop of its own, and no beat after its call."""
+    """The fitness check has its own event loop, in which no check of the watchdog follows."""
     with worker(platform, tmp_path) as process:
         taking(platform, process)
         time.sleep(FIRST_LIMIT_S + watchdog_module._SILENCE_S + 1.5)

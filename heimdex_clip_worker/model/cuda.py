@@ -110,7 +110,7 @@ class _Slots:
         except IndexError:
             return None
         slot = self._memory[number]  # every tensor made of this array keeps it alive
-        # guard: a slot is lent once
+        # guard: a slot is free when nothing refers to it
         weakref.finalize(slot, self._free.append, number).atexit = False
         return torch.from_numpy(slot)
 

@@ -183,6 +183,16 @@ def test_what_cannot_be_recorded_is_run_as_it_is(text: str, monkeypatch, caplog)
     assert is_close(embedder.encode(PIXELS[:7]), slice(7))
 
 
+def test_a_device_that_is_lost_at_the_start_is_told(monkeypatch) -> None:
+    def lost(self) -> int:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(CudaRunner, "warm_up", lost)
+    with pytest.raises(InferenceFailed) as caught:
+        make().warm_up()
+    assert caught.value.fatal
+
+
 def test_every_size_is_run_before_it_is_recorded(warm) -> None:
     assert [*warm.runner._graphs] == [1, 2, 4, 8]
     warm.encode(PIXELS[:3])
@@ -242,6 +252,23 @@ async def start_two(embedder: Held, pipeline: Pipeline) -> list[asyncio.Task]:
         work.append(asyncio.create_task(pipeline.images.submit((torch.ones(3), False))))
         await asyncio.to_thread(embedder.running.acquire)
     return work
+
+
+def test_a_third_batch_waits_and_takes_all_that_has_come() -> None:
+    embedder = Held()
+
+    async def run() -> None:
+        pipeline = pipeline_of(embedder)
+        work = await start_two(embedder, pipeline)
+        for _ in range(4):  # one comes after the other
+            work.append(asyncio.create_task(pipeline.images.submit((torch.ones(3), False))))
+            await asyncio.sleep(0.001)
+        embedder.let_go.set()
+        await asyncio.gather(*work)
+        await pipeline.close()
+        assert embedder.ended == 3
+
+    asyncio.run(run())
 
 
 def test_closing_waits_for_both_batches() -> None:

@@ -23,7 +23,7 @@ from .preprocess import Preparation
 from .tower import VisionTower
 
 # %% auto #0
-__all__ = ['CudaOptions', 'CudaRunner']
+__all__ = []
 
 # %% ../../nbs/03g_cuda.ipynb #options
 @dataclass(frozen=True)
@@ -203,12 +203,14 @@ class CudaRunner:
 
     def _send(self, lane: _Lane, images: Sequence[torch.Tensor]) -> None:
         """Copy pixels to the lane."""
-        target = lane.pixels[: len(images)]
-        if self._slots is None and self.device.type == "cuda":
-            images = torch.from_numpy(np.stack([one.numpy() for one in images])).pin_memory()
+        places: Sequence[torch.Tensor] = lane.pixels[: len(images)].unbind()
+        if self._slots is None:  # one copy of all, by way of pinned memory
+            batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
+            places = [lane.pixels[: len(images)]]
+            images = [batch.pin_memory() if self.device.type == "cuda" else batch]
         with self._cuda.stream(self._copying):
-            for row, image in zip(target.unbind(), images, strict=True):
-                row.copy_(image, non_blocking=True)
+            for place, image in zip(places, images, strict=True):
+                place.copy_(image, non_blocking=True)
             lane.sent.record(self._copying)
 
     def _launch(self, lane: _Lane, count: int) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import aiohttp
 import lazy_cuda
+import pytest
 import torch
 from local_worker import WorkerProcess
 from PIL import Image
@@ -94,6 +95,9 @@ class Form:
     path_batches: tuple[int, ...] = (1, 16, 64, 256)  # of the part `gpu-path`
     path_seconds: float = 0.5  # for each of them; 0: one batch
     callers: tuple[tuple[int, int], ...] = ((1, 64), (32, 16), (128, 8))  # images in a job, callers
+    kinds: tuple[tuple[str, str], ...] = (
+        ("http", THUMBNAILS), ("http", MIX), ("https", THUMBNAILS), ("https", MIX),
+    )  # fmt: skip
     seconds: float = 4.0  # of a load; 0: one job for each caller
     baseline_jobs: int = 4  # the SDK's loop takes one a second
     starts: int = 2
@@ -103,8 +107,8 @@ class Form:
 
 SHORT = Form(
     precisions=("fp32",), qualities=("fast",), batches=(1,), repeats=1, callers=((1, 2), (2, 1)),
-    path_batches=(1,), path_seconds=0.0,
-    seconds=0.0, baseline_jobs=2, starts=1, photos=2, model_timeout_s=5,
+    path_batches=(1,), path_seconds=0.0, kinds=(("http", THUMBNAILS), ("https", MIX)),
+    seconds=0.0, baseline_jobs=2, starts=1, photos=2, model_timeout_s=10,
 )  # fmt: skip
 
 
@@ -204,22 +208,41 @@ def marked_files() -> list[str]:
     return sorted(str(f) for f in files if marks.search(f.read_text(encoding="utf-8")))
 
 
+class Listing:
+    """Keeps the names of the tests that pytest finds."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Keep the names."""
+        self.names = [item.nodeid for item in session.items]
+
+
+def list_tests(found: Found, command: list[str]) -> None:
+    """List the tests, in this process: it has imported nearly everything that they need."""
+    listing = Listing()
+    status = pytest.main([*command, "--gpu", "-m", "gpu", "--collect-only"], plugins=[listing])
+    for name in listing.names:
+        found.row("tests", name=name, outcome="found")
+    found.expect(status == 0 and bool(listing.names), "no test is marked gpu")
+
+
 def tests(found: Found) -> None:
     """Run every test marked `gpu`; without a GPU run the others of those files, or just list them.
 
     Only these files are collected: others import what such a machine may not have.
     """
+    command = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *marked_files()]
+    if found.is_short and not found.on_gpu:
+        list_tests(found, command)
+        return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        command += [f"--junitxml={report}", *marked_files()]
-        command += ["--gpu", "-m", "gpu"] if found.on_gpu or found.is_short else []
-        is_listed = found.is_short and not found.on_gpu
-        command += ["--collect-only"] if is_listed else []
+        command = [sys.executable, "-m", "pytest", *command, f"--junitxml={report}"]
+        command += ["--gpu", "-m", "gpu"] if found.on_gpu else []
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout, done.stderr, sep="\n")
-        for name in re.findall(r"^\S+::\S+$", done.stdout, re.MULTILINE) if is_listed else ():
-            found.row("tests", name=name, outcome="found")
         for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
             keep_case(found, case)
     found.expect("tests" in found.values, "no test is marked gpu")
@@ -287,6 +310,8 @@ def vectors(found: Found) -> None:
             rows = open_clip_rows(state, found.device, precision)
             drifts = {kind: golden.drift(rows[kind], theirs[kind]) for kind in theirs}
             found.row("drift", worker="open_clip", precision=precision, quality="exact", **drifts)
+        if found.is_short:  # every worker does the same at its start
+            continue
         try:
             fit = kernels.load(device=found.device, precision=precision).warm_up()
             found.row("as_served", precision=precision, drift=fit.drift, allowed=fit.allowed)
@@ -523,8 +548,8 @@ def loads(found: Found, schemes: Sequence[str], images: Sequence[int] = ()) -> l
     """List the loads: each kind of photograph, in jobs of each size."""
     return [
         Load(kind, size, callers, scheme)
-        for scheme in schemes
-        for kind in (THUMBNAILS, MIX)
+        for scheme, kind in found.form.kinds
+        if scheme in schemes
         for size, callers in found.form.callers
         if not images or size in images
     ]
@@ -576,7 +601,7 @@ def known_variables() -> set[str]:
 
 
 async def _options(found: Found) -> None:
-    chosen = options()[:1] if found.is_short else options()
+    chosen = options()[1:2] if found.is_short else options()
     for option in chosen:
         unknown = option.env.keys() - known_variables()
         if unknown:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import re
 import statistics
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import lazy_cuda
+import pytest
 import torch
 from local_worker import WorkerProcess
 from PIL import Image
@@ -34,11 +37,21 @@ from benchmarks import CACHE, ROOT, cpu, kernels, network, photos, workers
 from benchmarks.figures import MIX, THUMBNAILS, machine, write
 from benchmarks.image_server import ImageServer
 from benchmarks.load import Callers, Seen, output_of, signed
-from benchmarks.workers import AUTHORITY, BASELINE, DEPLOYED, OBSERVED, OURS, PeakMemory, Worker
+from benchmarks.workers import (
+    AUTHORITY,
+    BASELINE,
+    CUDA_OPTIONS,
+    DEPLOYED,
+    OBSERVED,
+    OURS,
+    PeakMemory,
+    Worker,
+)
 from heimdex_clip_worker.emulator.server import EmulatorServer
 from heimdex_clip_worker.errors import InferenceFailed, ModelError
 from heimdex_clip_worker.model import golden
-from heimdex_clip_worker.model.image import Embedder, forbid_tf32
+from heimdex_clip_worker.model.cuda import CudaOptions, CudaRunner
+from heimdex_clip_worker.model.image import Embedder, forbid_tf32, to_vectors
 from heimdex_clip_worker.model.tower import DTYPES
 from heimdex_clip_worker.serving.decode import PixelLimits
 from heimdex_clip_worker.serving.pipeline import prepare_image
@@ -79,7 +92,12 @@ class Form:
     qualities: tuple[str, ...] = ("exact", "fast")  # of the preprocessing
     batches: tuple[int, ...] = (1, 8, 32, 64, 128, 256, 512)
     repeats: int = 10
+    path_batches: tuple[int, ...] = (1, 16, 64, 256)  # of the part `gpu-path`
+    path_seconds: float = 0.5  # for each of them; 0: one batch
     callers: tuple[tuple[int, int], ...] = ((1, 64), (32, 16), (128, 8))  # images in a job, callers
+    kinds: tuple[tuple[str, str], ...] = (
+        ("http", THUMBNAILS), ("http", MIX), ("https", THUMBNAILS), ("https", MIX),
+    )  # fmt: skip
     seconds: float = 4.0  # of a load; 0: one job for each caller
     baseline_jobs: int = 4  # the SDK's loop takes one a second
     starts: int = 2
@@ -88,8 +106,9 @@ class Form:
 
 
 SHORT = Form(
-    precisions=("fp32",), qualities=("fast",), batches=(1, 2), repeats=1, callers=((1, 2), (2, 1)),
-    seconds=0.0, baseline_jobs=2, starts=1, photos=2, model_timeout_s=5,
+    precisions=("fp32",), qualities=("fast",), batches=(1,), repeats=1, callers=((1, 2), (2, 1)),
+    path_batches=(1,), path_seconds=0.0, kinds=(("http", THUMBNAILS), ("https", MIX)),
+    seconds=0.0, baseline_jobs=2, starts=1, photos=2, model_timeout_s=10,
 )  # fmt: skip
 
 
@@ -189,22 +208,41 @@ def marked_files() -> list[str]:
     return sorted(str(f) for f in files if marks.search(f.read_text(encoding="utf-8")))
 
 
+class Listing:
+    """Keeps the names of the tests that pytest finds."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Keep the names."""
+        self.names = [item.nodeid for item in session.items]
+
+
+def list_tests(found: Found, command: list[str]) -> None:
+    """List the tests, in this process: it has imported nearly everything that they need."""
+    listing = Listing()
+    status = pytest.main([*command, "--gpu", "-m", "gpu", "--collect-only"], plugins=[listing])
+    for name in listing.names:
+        found.row("tests", name=name, outcome="found")
+    found.expect(status == 0 and bool(listing.names), "no test is marked gpu")
+
+
 def tests(found: Found) -> None:
     """Run every test marked `gpu`; without a GPU run the others of those files, or just list them.
 
     Only these files are collected: others import what such a machine may not have.
     """
+    command = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *marked_files()]
+    if found.is_short and not found.on_gpu:
+        list_tests(found, command)
+        return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        command += [f"--junitxml={report}", *marked_files()]
-        command += ["--gpu", "-m", "gpu"] if found.on_gpu or found.is_short else []
-        is_listed = found.is_short and not found.on_gpu
-        command += ["--collect-only"] if is_listed else []
+        command = [sys.executable, "-m", "pytest", *command, f"--junitxml={report}"]
+        command += ["--gpu", "-m", "gpu"] if found.on_gpu else []
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout, done.stderr, sep="\n")
-        for name in re.findall(r"^\S+::\S+$", done.stdout, re.MULTILINE) if is_listed else ():
-            found.row("tests", name=name, outcome="found")
         for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
             keep_case(found, case)
     found.expect("tests" in found.values, "no test is marked gpu")
@@ -272,6 +310,8 @@ def vectors(found: Found) -> None:
             rows = open_clip_rows(state, found.device, precision)
             drifts = {kind: golden.drift(rows[kind], theirs[kind]) for kind in theirs}
             found.row("drift", worker="open_clip", precision=precision, quality="exact", **drifts)
+        if found.is_short:  # every worker does the same at its start
+            continue
         try:
             fit = kernels.load(device=found.device, precision=precision).warm_up()
             found.row("as_served", precision=precision, drift=fit.drift, allowed=fit.allowed)
@@ -292,11 +332,15 @@ def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:  # FLOP/s
 
 def on_device(embedder: Embedder, pixels: torch.Tensor) -> Callable[[], None]:
     """Make a run of the tower whose pixels are on the device already, and whose rows stay there."""
-    placed = pixels.to(embedder.device)
+    placed, runner = pixels.to(embedder.device), embedder.runner
+    graph = runner._graphs.get(len(pixels)) if runner else None
 
     def run() -> None:
         with torch.inference_mode():
-            embedder.tower(embedder.prepare(placed))
+            if graph is not None:
+                graph.replay()
+            else:
+                embedder.tower(embedder.prepare(placed))
         if placed.is_cuda:
             torch.cuda.synchronize()
 
@@ -307,6 +351,8 @@ def encoding(found: Found) -> None:
     """Measure the encoder alone, by precision and batch."""
     for precision in found.form.precisions:
         embedder = kernels.load(device=found.device, precision=precision)
+        if embedder.runner:
+            embedder.runner.warm_up()
         dtype = kernels.weights_dtype(embedder)
         shapes = kernels.GEMMS_OF_A_GPU if found.on_gpu else kernels.GEMMS
         shapes = shapes[:1] if found.is_short else shapes
@@ -317,7 +363,9 @@ def encoding(found: Found) -> None:
             pixels = kernels.batch_of(embedder, size)
             if found.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            spent = kernels.seconds(partial(embedder.encode, pixels), found.form.repeats)
+            inputs = kernels.inputs_of(embedder, size)
+            spent = kernels.seconds(partial(embedder.encode, inputs), found.form.repeats)
+            del inputs
             alone = kernels.seconds(on_device(embedder, pixels), found.form.repeats)
             rate, alone_rate = (size / statistics.median(times) for times in (spent, alone))
             flops = alone_rate * kernels.flop()
@@ -331,6 +379,85 @@ def encoding(found: Found) -> None:
                 share_of_peak=flops / peak if peak else None,
                 vram_mb=torch.cuda.max_memory_allocated() / 1e6 if found.on_gpu else None,
             )
+
+
+# --- (d) what `model.cuda` does -------------------------------------------------
+
+
+OFF = CudaOptions(fold=False, one_product=False, pinned=False, graphs=False, in_flight=1)
+WAYS: dict[str, CudaOptions | None] = {
+    "all": CudaOptions(),
+    "fold off": CudaOptions(fold=False),
+    "one_product off": CudaOptions(one_product=False),
+    "pinned off": CudaOptions(pinned=False),
+    "graphs off": CudaOptions(graphs=False),
+    "one batch in flight": CudaOptions(in_flight=1),
+    "all off": OFF,
+    "plain path": None,
+    "all again": CudaOptions(),
+}
+
+
+def embedder_with(found: Found, options: CudaOptions | None) -> Embedder:
+    """Load an embedder that runs batches in some way; without a GPU a stand-in takes its place."""
+    most, precision = max(found.form.path_batches), "fp16" if found.on_gpu else "fp32"
+    how = {"precision": precision, "max_batch": most, "cuda_options": options}
+    embedder = kernels.load(device=found.device, **how)
+    if options is None:
+        return dataclasses.replace(embedder, runner=None)
+    if not found.on_gpu:
+        how = {"max_batch": most, "options": options, "cuda": lazy_cuda}
+        runner = CudaRunner(embedder.tower, embedder.preparation, **how)
+        embedder = dataclasses.replace(embedder, runner=runner)
+    return embedder
+
+
+def drive(embedder: Embedder, size: int, seconds: float) -> float:  # images/s
+    """Run batches one after the other, as many at a time as are in flight, to lists of numbers."""
+    at_once = embedder.runner.options.in_flight if embedder.runner else 1
+    inputs = [kernels.inputs_of(embedder, size) for _ in range(at_once)]
+
+    def run(number: int) -> None:
+        batch = inputs[number % at_once]
+        if embedder.runner is None:  # as the pipeline does
+            batch = torch.stack(list(batch))
+        to_vectors(embedder.encode(batch), [True] * size)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, range(at_once)))
+        one = time.perf_counter()
+        run(0)
+        one = time.perf_counter() - one
+        count = max(at_once, int(seconds / one))
+        start = time.perf_counter()
+        list(pool.map(run, range(count)))
+        return count * size / (time.perf_counter() - start)
+
+
+def gpu_path(found: Found) -> None:
+    """Measure the encoder with each option of `CudaOptions` off, from pixels to numbers."""
+    ways = [*WAYS][:1] if found.is_short else [*WAYS]
+    reference: torch.Tensor | None = None
+    for name in ways:
+        before = vram_in_use() if found.on_gpu else 0
+        embedder, start = embedder_with(found, WAYS[name]), time.perf_counter()
+        if embedder.runner:
+            embedder.runner.warm_up()
+        warm_up_s = time.perf_counter() - start
+        rows = golden.embed_photos(embedder)
+        reference = embedder.photos if reference is None else reference
+        drift, allowed = golden.drift(rows, reference), golden.DRIFT[embedder.precision]
+        found.expect(drift <= allowed, f"{name}: 1 - cosine {drift} > {allowed}")
+        rates = {
+            str(size): drive(embedder, size, found.form.path_seconds)
+            for size in found.form.path_batches
+        }
+        vram = (vram_in_use() - before) / 1e6 if found.on_gpu else None
+        found.row("ways", way=name, drift=drift, warm_up_s=warm_up_s, vram_mb=vram,
+                  images_per_s=rates)  # fmt: skip
+        del embedder, rows
+        if found.on_gpu:
+            torch.cuda.empty_cache()
 
 
 # --- workers under load ---------------------------------------------------------
@@ -360,7 +487,8 @@ class Stage:
     def started(self, kind: str = OURS, **env: str) -> Iterator[Worker]:
         """Run a worker under the production loop."""
         more = {"CLIP_DEVICE": self.found.device, AUTHORITY[kind]: str(self.server.authority)}
-        with workers.production(kind, *OBSERVED[kind], **(more | env)) as worker:
+        command = OBSERVED[CUDA_OPTIONS if "BENCH_CUDA" in env else kind]
+        with workers.production(kind, *command, **(more | env)) as worker:
             yield worker
 
     def callers(self, worker: Worker, load: Load) -> Callers:
@@ -420,8 +548,8 @@ def loads(found: Found, schemes: Sequence[str], images: Sequence[int] = ()) -> l
     """List the loads: each kind of photograph, in jobs of each size."""
     return [
         Load(kind, size, callers, scheme)
-        for scheme in schemes
-        for kind in (THUMBNAILS, MIX)
+        for scheme, kind in found.form.kinds
+        if scheme in schemes
         for size, callers in found.form.callers
         if not images or size in images
     ]
@@ -448,12 +576,13 @@ def options() -> list[Option]:
     cpus = usable_cpus()
     return [
         Option("default", {}),
-        Option("CLIP_PRECISION=fp32", {"CLIP_PRECISION": "fp32"}),
+        Option("graphs off", cuda_env(CudaOptions(graphs=False))),
+        Option("pinned off", cuda_env(CudaOptions(pinned=False))),
+        Option("one batch in flight", cuda_env(CudaOptions(in_flight=1))),
+        Option("all of model.cuda off", cuda_env(OFF)),
         Option("CLIP_PRECISION=bf16", {"CLIP_PRECISION": "bf16"}),
         Option("CLIP_PREPROCESS=exact", {"CLIP_PREPROCESS": "exact"}),
-        Option("MAX_BATCH_SIZE=16", {"MAX_BATCH_SIZE": "16"}),
-        Option("MAX_BATCH_SIZE=256", {"MAX_BATCH_SIZE": "256"}),
-        Option(f"DECODE_WORKERS={max(1, cpus // 2)}", {"DECODE_WORKERS": str(max(1, cpus // 2))}),
+        Option("MAX_BATCH_SIZE=64", {"MAX_BATCH_SIZE": "64"}),
         Option(f"DECODE_WORKERS={2 * cpus}", {"DECODE_WORKERS": str(2 * cpus)}),
         Option("OMP_NUM_THREADS=1", {"OMP_NUM_THREADS": "1"}),
         Option("MAX_CONCURRENCY=300", {"MAX_CONCURRENCY": "300"}),
@@ -461,13 +590,18 @@ def options() -> list[Option]:
     ]
 
 
+def cuda_env(options: CudaOptions) -> dict[str, str]:
+    """Write options of `model.cuda` for `benchmarks.cuda_worker`."""
+    return {"BENCH_CUDA": json.dumps(dataclasses.asdict(options))}
+
+
 def known_variables() -> set[str]:
     """List the variables that this version of the worker reads, and those of its libraries."""
-    return {variable.name for variable in VARIABLES.values()} | {"OMP_NUM_THREADS"}
+    return {v.name for v in VARIABLES.values()} | {"OMP_NUM_THREADS", "BENCH_CUDA"}
 
 
 async def _options(found: Found) -> None:
-    chosen = options()[:1] if found.is_short else options()
+    chosen = options()[1:2] if found.is_short else options()
     for option in chosen:
         unknown = option.env.keys() - known_variables()
         if unknown:
@@ -684,7 +818,9 @@ def out_of_memory(found: Found) -> None:
     """Take the device's memory away and give it back: a batch is halved, fails, and works again."""
     if not found.on_gpu:
         raise Skipped("needs a GPU")
-    embedder = kernels.load(device=found.device)
+    with_graphs = kernels.load(device=found.device)
+    with_graphs.runner.warm_up()
+    embedder = dataclasses.replace(with_graphs, runner=None)
     pixels = kernels.batch_of(embedder, 512)
     need = need_of(embedder, pixels)
     found.keep(batch=512, need_mb=need / 1e6)
@@ -693,12 +829,14 @@ def out_of_memory(found: Found) -> None:
     del taken
     taken = fill_vram(leave=0)
     found.keep(no_room=attempt(embedder, pixels))
+    found.keep(no_room_with_graphs=attempt(with_graphs, pixels))
     del taken
     torch.cuda.empty_cache()
     found.keep(room_again=attempt(embedder, pixels))
     values = found.values
     found.expect(values["room_for_half"]["outcome"] == "vectors", "the halves did not fit either")
     found.expect(values["no_room"].get("fatal") is False, "not refused, or fatal")
+    found.expect(values["no_room_with_graphs"]["outcome"] == "vectors", "graphs needed more memory")
     found.expect(values["room_again"]["outcome"] == "vectors", "memory came back in vain")
     asyncio.run(_starved_worker(found))
 

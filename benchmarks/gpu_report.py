@@ -89,6 +89,20 @@ def encoding(values: Results) -> str:
     return rows_table([*head, "VRAM, MB"], rows)
 
 
+def gpu_path(values: Results) -> str:
+    """Write the encoder's rate in each way to run batches, and its ratio to the first."""
+    rows = values.get("ways", [])
+    sizes = [*rows[0]["images_per_s"]] if rows else []
+    head = ["", "1 - cosine", "warm-up, s", "VRAM, MB"]
+    head += [f"batch {size}, images/s" for size in sizes] + [f"{size}, ratio" for size in sizes]
+    return rows_table(head, [
+        (r["way"], r["drift"], r["warm_up_s"], r["vram_mb"],
+         *(r["images_per_s"][size] for size in sizes),
+         *(f"{r['images_per_s'][size] / rows[0]['images_per_s'][size]:.2f}" for size in sizes))
+        for r in rows
+    ])  # fmt: skip
+
+
 def loads(rows: list[Results]) -> str:
     """Write runs of workers under load, with CPU time by thread."""
     head = ["worker", "photographs", "scheme", "in a job", "callers", "images/s"]
@@ -173,6 +187,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "tests": tests,
     "vectors": vectors,
     "encoding": encoding,
+    "gpu-path": gpu_path,
     "end-to-end": end_to_end,
     "start": starts,
     "memory": memory,

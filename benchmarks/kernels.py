@@ -92,6 +92,17 @@ def batch_of(embedder: Embedder, size: int) -> torch.Tensor:  # (size, 3, S, S)
     return torch.stack([embedder.preprocess(decode(data, PixelLimits()))] * size)
 
 
+def inputs_of(embedder: Embedder, size: int) -> torch.Tensor | list[torch.Tensor]:
+    """Prepare a photograph `size` times, where a worker's decoders would write it."""
+    pixels = batch_of(embedder, size)
+    if embedder.runner is None:
+        return pixels
+    slots = [embedder.runner.lend() for _ in range(size)]
+    return [
+        one if slot is None else slot.copy_(one) for one, slot in zip(pixels, slots, strict=True)
+    ]
+
+
 def encode(rounds: int, batch: int = 32) -> dict:
     """Measure the FLOP/s of a matrix multiplication and of the encoder, in turn."""
     embedder = load()

@@ -19,6 +19,7 @@ from benchmarks import CACHE, ROOT
 from heimdex_clip_worker.emulator.server import EmulatorServer
 
 BASELINE, OURS, GOOD = "plain", "ours", "good"  # as in the results files
+CUDA_OPTIONS = "ours, with the options of BENCH_CUDA"
 DEPLOYED = {
     BASELINE: (str(ROOT / "benchmarks" / "baseline_worker.py"),),
     OURS: ("-m", "heimdex_clip_worker.handler"),
@@ -27,6 +28,7 @@ OBSERVER = str(ROOT / "benchmarks" / "observed_worker.py")  # names threads, tru
 OBSERVED = {
     BASELINE: DEPLOYED[BASELINE],  # it has no threads
     OURS: (OBSERVER, "heimdex_clip_worker.handler"),
+    CUDA_OPTIONS: (OBSERVER, "benchmarks.cuda_worker"),
     GOOD: (OBSERVER, str(ROOT / "benchmarks" / "good_worker.py")),
 }
 # Where each of them looks for the authorities to trust. Ours looks in `certifi` alone.

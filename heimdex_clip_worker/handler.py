@@ -351,6 +351,7 @@ def build(settings: Settings) -> Worker:
         precision=settings.precision,
         preprocess=settings.preprocess,
         artifact_dir=settings.artifact_dir,
+        max_batch=settings.max_batch_size,
     )
     pipeline = Pipeline(
         embedder,

@@ -337,7 +337,7 @@ class Settings:
     max_images_in_hand: int = _var("MAX_IMAGES_IN_HAND", number(int, 0, 1_000_000, "images"), "0",
         "Take no job while so many images have no result; 0: twice the most images in flight, "
         "and no less than `MAX_CONCURRENCY`")
-    max_batch_size: int = _var("MAX_BATCH_SIZE", number(int, 1, 1024, "images"), "64",
+    max_batch_size: int = _var("MAX_BATCH_SIZE", number(int, 1, 1024, "images"), "256",
         "Most images in one run of the model, from all jobs together; on a CPU 16 at most")
     decode_workers: int = _var("DECODE_WORKERS", number(int, 0, 256, "threads"), "0",
         "Threads that decode one job; others have one more; 0: one more than the usable CPUs")

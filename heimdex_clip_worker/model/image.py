@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch import nn
 from ..errors import InferenceFailed, ModelError
 from . import artifact, golden
 from .artifact import Artifact
+from .cuda import CudaOptions, CudaRunner
 from .preprocess import Preparation, exact, fast, to_model, trim
 from .tower import DTYPES, pick_precision
 from .weights import Loaded, check_model, in_one_line, load_model
@@ -207,22 +209,32 @@ def _free_memory(device: str | torch.device) -> None:
         raise _inference_failed(error, device) from error
 
 
+def _in_halves(
+    run: Callable[[Any], torch.Tensor],  # a batch -> (N, dim); raises what torch raises
+    batch: Any,  # a tensor, or a list of tensors
+    device: str | torch.device,
+    halve: bool = True,  # try again in two halves if memory runs out
+) -> torch.Tensor:  # (N, dim)
+    """Run a batch, in two halves if memory runs out; raise InferenceFailed."""
+    try:
+        return run(batch)
+    except _FAILURES as error:
+        if not (halve and len(batch) > 1 and _is_out_of_memory(error)):
+            raise _inference_failed(error, device) from error
+    _free_memory(device)  # after `except`: the error keeps its tensors alive
+    middle = (len(batch) + 1) // 2
+    halves = (batch[:middle], batch[middle:])
+    return torch.cat([_in_halves(run, half, device, halve=False) for half in halves])
+
+
 def run_tower(
     tower: nn.Module,
     batch: torch.Tensor,  # pixels or tokens, on any device
     device: str | torch.device,  # the tower's
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,  # done on the device
-    halve: bool = True,  # try again in two halves if memory runs out
 ) -> torch.Tensor:  # (N, dim) float32, on the CPU
     """Run the tower, in two halves if memory runs out; raise InferenceFailed."""
-    try:
-        return _forward(tower, batch, device, prepare)
-    except _FAILURES as error:
-        if not (halve and len(batch) > 1 and _is_out_of_memory(error)):
-            raise _inference_failed(error, device) from error
-    _free_memory(device)  # after `except`: the error keeps its tensors alive
-    halves = batch.split((len(batch) + 1) // 2)
-    return torch.cat([run_tower(tower, half, device, prepare, halve=False) for half in halves])
+    return _in_halves(lambda part: _forward(tower, part, device, prepare), batch, device)
 
 # %% ../../nbs/04_embed.ipynb #to-vectors
 def to_vectors(
@@ -260,6 +272,7 @@ class Embedder:
     photos: torch.Tensor | None = None  # (3, dim): and of the golden photographs
     artifact: Artifact | None = None  # where the tower is from, and the text tower may be
     load_arguments: tuple[Any, ...] = ()  # of `load_model`, should the checkpoint be needed again
+    runner: CudaRunner | None = None  # runs the tower on a GPU; None: it is run as it is
 
     @classmethod
     def load(
@@ -273,6 +286,8 @@ class Embedder:
         precision: str = "auto",  # auto, fp32, fp16 or bf16
         preprocess: str = "fast",  # or exact
         artifact_dir: str | None = None,  # with serving artifacts; None: neither read nor written
+        max_batch: int = 256,  # most images in one run on a GPU
+        cuda_options: CudaOptions | None = None,  # None: all of them
     ) -> Embedder:
         """Load the requested embedder; raise ModelError rather than load another."""
         place = pick_device(device)
@@ -288,7 +303,9 @@ class Embedder:
                 return replace(embedder, load_arguments=arguments)
             made = _make_artifact(loaded, chosen, artifact_dir)
             pair = made, made.tower()
-        return replace(_from_artifact(*pair, place, preprocess), load_arguments=arguments)
+        embedder = _from_artifact(*pair, place, preprocess)
+        runner = _make_runner(embedder, max_batch, cuda_options) if place.type == "cuda" else None
+        return replace(embedder, load_arguments=arguments, runner=runner)
 
     @property
     def at_least(self) -> int | None:  # pixels; None: all of them
@@ -300,10 +317,16 @@ class Embedder:
         """Compute an image's pixels (float32 if they are from open_clip's own transform)."""
         if self.transform is not None:
             return self.transform(trim(image))
-        return (fast if self.quality == "fast" else exact)(image, self.preparation)
+        place = self.runner.lend() if self.runner else None
+        return (fast if self.quality == "fast" else exact)(image, self.preparation, place)
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # (N, 3, S, S) -> (N, dim) float32
-        """Compute the raw rows of a batch, on the CPU; raise InferenceFailed."""
+    def encode(
+        self,
+        pixels: torch.Tensor,  # (N, 3, S, S); a runner also takes a list of N tensors
+    ) -> torch.Tensor:  # (N, dim) float32, on the CPU
+        """Compute the raw rows of a batch; raise InferenceFailed."""
+        if self.runner is not None:
+            return _in_halves(self.runner.run, pixels, self.device)
         return run_tower(self.tower, pixels, self.device, self.prepare)
 
     def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -327,10 +350,49 @@ class Embedder:
 
     def warm_up(self) -> golden.Fitness | None:  # None: there are no golden vectors
         """Run once and compare with the golden vectors; raise InferenceFailed or ModelError."""
+        if self.runner is not None:
+            _warm_up(self.runner)
         if self.photos is not None:
             return golden.check_embedder(self)
         self.embed([Image.new("RGB", (self.image_size, self.image_size), "grey")])
         return None
+
+# %% ../../nbs/04_embed.ipynb #make-runner
+def _unless_lost(error: Exception, device: str | torch.device, consequence: str) -> None:
+    """Log what a failure means for the speed; raise InferenceFailed if the device is lost."""
+    failed = _inference_failed(error, device)
+    if failed.fatal:  # guard: a device that is lost at the start is told
+        raise failed from error
+    _log.warning("%s: %s", consequence, failed.detail)
+
+
+def _make_runner(
+    embedder: Embedder,  # of an artifact, on a GPU
+    max_batch: int,
+    options: CudaOptions | None,
+) -> CudaRunner | None:  # None: there is not enough memory for one
+    """Make the runner of an embedder; raise InferenceFailed."""
+    tower, preparation = embedder.tower, embedder.preparation
+    try:
+        return CudaRunner(tower, preparation, max_batch=max_batch, options=options)
+    except _FAILURES as error:
+        _unless_lost(error, embedder.device, "One batch is run at a time")
+    _free_memory(embedder.device)
+    return None
+
+
+def _warm_up(runner: CudaRunner) -> None:
+    """Let a runner run every size of a batch, and log what that took; raise InferenceFailed."""
+    start = time.perf_counter()
+    try:
+        taken = runner.warm_up()
+    except _FAILURES as error:
+        _unless_lost(error, runner.device, "Batches are run without CUDA graphs")
+        _free_memory(runner.device)
+        return
+    spent = time.perf_counter() - start
+    about = runner.describe()
+    _log.info("CUDA: %s; %.0f MB of device memory, after %.2fs", about, taken / 1e6, spent)
 
 # %% ../../nbs/04_embed.ipynb #of-artifact
 def _from_disk(artifact_dir: str, *settings: str | None) -> tuple[Artifact, nn.Module] | None:

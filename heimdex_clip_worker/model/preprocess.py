@@ -113,12 +113,14 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:  # RGB -> (4, H, W) uint8
 def exact(
     image: Image.Image,  # RGB, any size
     preparation: Preparation,
+    out: torch.Tensor | None = None,  # (3, S, S) uint8: where the pixels are written; None: new
 ) -> torch.Tensor:  # (3, S, S) uint8
     """Compute the pixels that open_clip's own transform would turn into floats, bit for bit."""
     side, image = preparation.size, trim(image)
     image = image.resize(_resized(image.size, side), Image.Resampling.BICUBIC)
     left, top = _middle(image.size, side)
-    return _as_tensor(image.crop((left, top, left + side, top + side)))[:3].contiguous()
+    square = _as_tensor(image.crop((left, top, left + side, top + side)))[:3]
+    return square.contiguous() if out is None else out.copy_(square)
 
 # %% ../../nbs/03c_preprocess.ipynb #to-model
 _FEW = 4  # images that a CPU prepares at a time
@@ -215,6 +217,7 @@ def _resize(
 def fast(
     image: Image.Image,  # RGB, any size; a JPEG perhaps as halved by `decode`
     preparation: Preparation,
+    out: torch.Tensor | None = None,  # as for `exact`
 ) -> torch.Tensor:  # (3, S, S) uint8
     """Compute nearly the pixels of `exact`, in a fraction of the time."""
     side, image = preparation.size, trim(image)
@@ -222,11 +225,11 @@ def fast(
     width, height = _resized(size, side)
     left, top = _middle((width, height), side)
     factors = tuple((n + 1e-6) / m for n, m in ((height, covers[1]), (width, covers[0])))
-    square = _resize(image, factors)[:3, top : top + side, left : left + side].contiguous()
+    square = _resize(image, factors)[:3, top : top + side, left : left + side]
+    square = square.contiguous() if out is None else out.copy_(square)
     if size == image.size and _is_flat(square):
-        return exact(image, preparation)
+        return exact(image, preparation, out)
     return square
-
 
 # %% ../../nbs/03c_preprocess.ipynb #one-torch-thread
 _default_threads = threading.Lock()

@@ -136,6 +136,7 @@ class _Block(nn.Module):
         self.activation = in_place[shape.activation]
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = _Linear(width, width), _Linear(width, 2 * width)
+        self.qkv: nn.Linear | None = None  # both in one, for all rows
         self.out = _Linear(width, width)
         self.up, self.down = _Linear(width, shape.hidden), _Linear(shape.hidden, width)
 
@@ -152,9 +153,13 @@ class _Block(nn.Module):
 
     def attend(self, queries: torch.Tensor, rows: torch.Tensor, causal: bool) -> torch.Tensor:
         """Compute multi-head attention of the query rows over all rows."""
-        query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, k, w)
-        both = self.key_value(rows).unflatten(-1, (2, self.heads, -1))
-        key, value = both.permute(2, 0, 3, 1, 4)  # (N, H, L, w) each
+        if self.qkv is not None and queries.shape == rows.shape:
+            every = self.qkv(rows).unflatten(-1, (3, self.heads, -1))
+            query, key, value = every.permute(2, 0, 3, 1, 4)  # (N, H, L, w) each
+        else:
+            query = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # k rows
+            both = self.key_value(rows).unflatten(-1, (2, self.heads, -1))
+            key, value = both.permute(2, 0, 3, 1, 4)
         result = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return result.transpose(1, 2).flatten(2)  # (N, k, width)
 

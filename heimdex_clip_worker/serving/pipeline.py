@@ -78,16 +78,21 @@ def prepare_image(
     return _Prepared(image.info["size"], pixels, time.perf_counter() - start)
 
 # %% ../../nbs/05c_pipeline.ipynb #embed-batch
+def _stack(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:  # N of (...) -> (N, ...)
+    """Copy the inputs of a batch into one tensor."""
+    # torch.stack waits for CPUs that are busy with decoding; np.stack uses this thread only.
+    return torch.from_numpy(np.stack([one.numpy() for one in inputs]))
+
+
 def _embed_batch(
     encode: Callable[[torch.Tensor], torch.Tensor],  # (N, ...) -> (N, dim)
     dim: int,
     items: list[tuple[torch.Tensor, bool]],  # pixels or tokens, and whether to normalize
+    join: Callable[[tuple[torch.Tensor, ...]], Any] = _stack,  # the inputs -> what `encode` takes
 ) -> list[list[float]]:
     """Compute the vectors of a batch; raise InferenceFailed rather than return a bad one."""
     inputs, normalize = zip(*items, strict=True)
-    # torch.stack waits for CPUs that are busy with decoding; np.stack uses this thread only.
-    stack = np.stack([one.numpy() for one in inputs])
-    rows = encode(torch.from_numpy(stack))
+    rows = encode(join(inputs))
     if tuple(rows.shape) != (len(items), dim):  # guard: as many rows as items
         raise InferenceFailed(detail=f"rows of shape {tuple(rows.shape)}")
     return to_vectors(rows, list(normalize))
@@ -139,9 +144,13 @@ class Pipeline:
         options = (self._decode_count, one_torch_thread, _DECODE_TIMEOUT_S)
         self.decode_pool = self.watchdog.decode_threads(*options)
         self._text_pool = self.watchdog.threads(1, "text", one_torch_thread)
+        runner = getattr(embedder, "runner", None)  # of a GPU: it takes the pixels one by one
+        self._join, at_once = (list, runner.options.in_flight) if runner else (_stack, 1)
         as_many = partial(torch_threads, torch.get_num_threads())
-        self._model_pool = self.watchdog.threads(1, "model", as_many)
-        self.images = Batcher(self._embed_images, self._model_pool, max_batch=max_batch)
+        prepare = one_torch_thread if runner else as_many
+        self._model_pool = self.watchdog.threads(at_once, "model", prepare)
+        how = {"max_batch": max_batch, "at_once": at_once}
+        self.images = Batcher(self._embed_images, self._model_pool, **how)
         self.texts = Batcher(self._embed_texts, self._model_pool, max_batch=max_batch)
 
     async def embed_url(
@@ -250,7 +259,7 @@ class Pipeline:
         return self.text_tower().tokenize(text)
 
     def _embed_images(self, items: list[tuple[torch.Tensor, bool]]) -> list[list[float]]:
-        return _embed_batch(self.embedder.encode, self.embedder.dim, items)
+        return _embed_batch(self.embedder.encode, self.embedder.dim, items, self._join)
 
     def _embed_texts(self, items: list[tuple[torch.Tensor, bool]]) -> list[list[float]]:
         return _embed_batch(self.text_tower().encode, self.embedder.dim, items)

@@ -35,7 +35,8 @@ FILES = {
     "budget": "serving/budget.py", "batcher": "serving/batcher.py",
     "pipeline": "serving/pipeline.py", "selftest": "serving/selftest.py",
     "intake": "serving/intake.py",
-    "preprocess": "model/preprocess.py", "image": "model/image.py", "golden": "model/golden.py",
+    "preprocess": "model/preprocess.py", "cuda": "model/cuda.py", "image": "model/image.py",
+    "golden": "model/golden.py",
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
     "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
@@ -55,10 +56,13 @@ TESTS = {
     "png": ["-k", "png", f"{HOSTILE}/test_image_rows.py"],
     "decode": [f"{HOSTILE}/test_image_rows.py", "tests/serving/test_decode.py"],
     "preprocess": [f"{HOSTILE}/test_image_rows.py", "tests/serving/test_decode.py"],
-    "image": ["tests/serving/test_decode.py", "tests/model/test_embed.py"],
+    "cuda": ["tests/model/test_cuda.py"],
+    "image": [
+        "tests/serving/test_decode.py", "tests/model/test_embed.py", "tests/model/test_cuda.py",
+    ],
     "budget": [f"{HOSTILE}/test_many_rows.py"],
     "watchdog": ["tests/serving/test_watchdog.py", f"{HOSTILE}/test_fault_rows.py"],
-    "batcher": [f"{HOSTILE}/test_fault_rows.py"],
+    "batcher": [f"{HOSTILE}/test_fault_rows.py", "tests/model/test_cuda.py"],
     "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
     "intake": ["tests/serving/test_intake.py"],
     "handler": [
@@ -228,12 +232,21 @@ PNG = [
     ("one header, the first chunk", NEVER),
 ]
 PREPROCESS = [("very long images are cut", ALWAYS)]
+CUDA = [
+    ("a slot is free when nothing refers to it", (r"weakref\.finalize\(slot, (.*), number\).*", r"\1(number)")),
+    ("a batch is launched as a whole", (r"with .*:", "if True:")),
+    ("rows are read when they are there", SKIP),
+    ("padding is no result", (r"\[:count\]", "")),
+    ("a failed batch copies nothing any more", SKIP),
+    ("pixels are read when they are there", SKIP),
+]
 IMAGE = [
     ("out of memory is not the end", NEVER),
     ("an accelerator's own error is fatal", NEVER),
     ("the words of a lost device", NEVER),
     ("a device that computes nothing", (r" and not .*", "")),
     ("vectors have a length", NEVER),
+    ("a device that is lost at the start is told", NEVER),
 ]
 BUDGET = [
     ("what is released is for a job that holds nothing", SKIP),
@@ -255,6 +268,7 @@ WATCHDOG = [
     ("a process that stands still ends", SKIP),
 ]
 BATCHER = [
+    ("batches in flight", NEVER),
     ("a bad batch is halved", NEVER),
     ("a fatal fault is not retried", NEVER),
     (
@@ -400,6 +414,7 @@ GUARDS = [
         ("png", PNG),
         ("decode", DECODE),
         ("preprocess", PREPROCESS),
+        ("cuda", CUDA),
         ("image", IMAGE),
         ("budget", BUDGET),
         ("watchdog", WATCHDOG),

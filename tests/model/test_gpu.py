@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from heimdex_clip_worker.model import golden
-from heimdex_clip_worker.model.image import forbid_tf32, pick_device
+from heimdex_clip_worker.model.cuda import CudaOptions, CudaRunner
+from heimdex_clip_worker.model.image import Embedder, forbid_tf32, pick_device
 
 pytestmark = [pytest.mark.model, pytest.mark.gpu]
 
@@ -52,3 +56,106 @@ def test_a_device_that_is_lost_is_fatal_and_stays_so() -> None:
     run = [sys.executable, "-c", LOST]
     done = subprocess.run(run, capture_output=True, text=True, timeout=100)
     assert done.stdout == "True\nTrue\n", done.stderr[-2000:]
+
+
+# --- batches as a worker runs them: `model.cuda` ------------------------------------
+
+TURN = {"fp32": 1e-9, "fp16": 5e-6, "bf16": 2e-4}  # most 1 - cosine to the plain path
+
+
+def with_runner(state, precision: str, max_batch: int = 256, **options) -> Embedder:
+    """Make an embedder with a runner that has not warmed up."""
+    forbid_tf32()
+    plain, _ = golden.seeded_worker(state, device="cuda", precision=precision, quality="fast")
+    how = {"max_batch": max_batch, "options": CudaOptions(**options)}
+    return dataclasses.replace(plain, runner=CudaRunner(plain.tower, plain.preparation, **how))
+
+
+def plain_rows(embedder: Embedder, pixels: torch.Tensor) -> torch.Tensor:
+    return dataclasses.replace(embedder, runner=None).encode(pixels)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    """Coarse pictures of random colours, so that each has a vector of its own."""
+    coarse = torch.rand(300, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=224).mul(255).to(torch.uint8)
+
+
+WAYS = [(precision, "") for precision in TURN]
+WAYS += [("fp16", option) for option in ("fold", "one_product", "pinned", "graphs")]
+
+
+@pytest.mark.parametrize("precision, off", WAYS)
+def test_every_way_to_run_a_batch_gives_the_same_vectors(state, pixels, precision, off) -> None:
+    embedder = with_runner(state, precision, **{off: False} if off else {})
+    embedder.runner.warm_up()
+    for count in (1, 3, 64, 100, 256, 300):
+        rows = embedder.encode(list(pixels[:count]))
+        assert golden.drift(rows, plain_rows(embedder, pixels[:count])) <= TURN[precision], count
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_graphs_give_open_clips_vectors(state, precision: str) -> None:
+    embedder = with_runner(state, precision)
+    embedder.runner.warm_up()
+    assert [*embedder.runner._graphs][-1] == 256
+    _, texts = golden.seeded_worker(state, device="cuda", precision=precision, quality="fast")
+    distances = golden.distances(golden.embed_golden(embedder, texts))
+    assert max(distances.values()) <= golden._allowed_drift(embedder)
+
+
+def test_a_thousand_batches_keep_their_pixels_apart(state, pixels) -> None:
+    embedder, order = with_runner(state, "fp16", max_batch=64), random.Random(0)
+    embedder.runner.warm_up()
+    expected = plain_rows(embedder, pixels)
+    total = len(embedder.runner._slots._free)
+
+    def decode(number: int) -> torch.Tensor:
+        slot = embedder.runner.lend()
+        return pixels[number].clone() if slot is None else slot.copy_(pixels[number])
+
+    def run(numbers: list[int]) -> float:
+        rows = embedder.encode([*decoders.map(decode, numbers)])
+        return golden.drift(rows, expected[numbers])
+
+    batches = [order.choices(range(300), k=order.randint(1, 64)) for _ in range(1000)]
+    with ThreadPoolExecutor(4) as decoders, ThreadPoolExecutor(2) as models:
+        assert max(models.map(run, batches)) <= TURN["fp16"]
+    assert len(embedder.runner._slots._free) == total
+
+
+def take_all(leave: int) -> list[torch.Tensor]:
+    """Take the device's memory, but for some bytes."""
+    torch.cuda.empty_cache()
+    taken = []
+    for size in (1 << 30, 1 << 26, 1 << 22):
+        while torch.cuda.mem_get_info()[0] - leave > size:
+            try:
+                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                break
+    return taken
+
+
+def test_without_memory_for_graphs_batches_are_run_as_they_are(state, pixels, caplog) -> None:
+    embedder = with_runner(state, "fp16")
+    embedder.encode(pixels[:1])  # what the first run of all takes
+    taken = take_all(leave=100_000_000)
+    with caplog.at_level("WARNING", "heimdex_clip_worker"):
+        embedder.warm_up()
+    assert "without CUDA graphs" in caplog.text and embedder.runner._graphs == {}
+    del taken
+    torch.cuda.empty_cache()
+    rows = embedder.encode(list(pixels[:256]))
+    assert golden.drift(rows, plain_rows(embedder, pixels[:256])) <= TURN["fp16"]
+
+
+def test_graphs_need_no_more_memory(state, pixels) -> None:
+    embedder = with_runner(state, "fp16")
+    embedder.runner.warm_up()
+    expected = plain_rows(embedder, pixels[:200])
+    taken = take_all(leave=0)
+    rows = embedder.encode(list(pixels[:200]))
+    del taken
+    assert golden.drift(rows, expected) <= TURN["fp16"]

@@ -55,7 +55,7 @@ WORKER = {  # variable -> field, value of its default
     "MAX_CONCURRENCY": ("max_concurrency", 64),
     "MAX_IMAGES_PER_JOB": ("max_images_per_job", 128),
     "MAX_IMAGES_IN_HAND": ("max_images_in_hand", 0),
-    "MAX_BATCH_SIZE": ("max_batch_size", 64),
+    "MAX_BATCH_SIZE": ("max_batch_size", 256),
     "DECODE_WORKERS": ("decode_workers", 0),
     "MAX_BYTES_IN_FLIGHT": ("max_bytes_in_flight", 671_088_640),
     "MODEL_TIMEOUT_S": ("model_timeout_s", 30.0),

@@ -71,13 +71,14 @@ class Database:
             host = self._psycopg.conninfo.conninfo_to_dict(conninfo).get("host")
             if "@" in str(host):  # the end of a password that contains an unescaped @
                 raise _unreadable(conninfo)
-            self._connection = self._connect()
+            self._connection = self.connect()
         except self._psycopg.ProgrammingError as error:
             raise _unreadable(conninfo, str(error)) from None
         except self._psycopg.Error as error:
             raise BackfillError(f"no connection to the database: {_first_line(error)}") from error
 
-    def _connect(self) -> Any:
+    def connect(self) -> Any:
+        """Open another connection like this one, without its retries."""
         return self._psycopg.connect(
             self._conninfo, autocommit=True, prepare_threshold=None, **_CONNECTION
         )
@@ -113,7 +114,7 @@ class Database:
         self, statement: Any, values: dict[str, Any], undo: bool
     ) -> list[tuple[Any, ...]]:
         if self._connection.closed:
-            self._connection = self._connect()
+            self._connection = self.connect()
         with self._connection.transaction(force_rollback=undo):
             self._connection.execute(_TIMEOUTS)
             cursor = self._connection.execute(statement, values)

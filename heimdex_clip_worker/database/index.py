@@ -19,6 +19,39 @@ from ..errors import redact_urls
 # %% auto #0
 __all__ = ['Show', 'VectorColumn', 'IndexPlan', 'build_index']
 
+# %% ../../nbs/11f_index.ipynb #vector-indexes
+_INDEXES = """
+SELECT n.nspname, c.relname, i.indisvalid, m.amname, o.opcname, coalesce(array_to_string(
+    c.reloptions, ', '), ''), pg_relation_size(c.oid),
+    coalesce(pg_get_expr(i.indpred, i.indrelid), ''), (SELECT min(k.pid) FROM pg_locks AS k
+        WHERE k.relation = i.indrelid AND k.mode = 'ShareUpdateExclusiveLock' AND k.granted
+        AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    JOIN pg_opclass AS o ON o.oid = i.indclass[0] JOIN pg_am AS m ON m.oid = o.opcmethod
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = %(column)s
+WHERE m.amname IN ('hnsw', 'ivfflat') AND i.indrelid IN (
+        SELECT to_regclass(%(table)s)
+        UNION SELECT relid FROM pg_partition_tree(to_regclass(%(table)s)))
+    AND EXISTS (SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass
+        AND d.objid = i.indexrelid AND d.refobjid = i.indrelid AND d.refobjsubid = a.attnum)
+ORDER BY i.indrelid <> to_regclass(%(table)s), 1, 2"""
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A vector index that exists."""
+
+    schema: str
+    name: str
+    is_valid: bool
+    method: str
+    ops: str  # its operator class: "vector_cosine_ops"
+    options: str  # "m=16, ef_construction=64"
+    bytes: int
+    where: str
+    pid: int | None  # of a process that may be building it
+
 # %% ../../nbs/11f_index.ipynb #vector-column
 _FACTS = """
 SELECT n.nspname, c.relname, c.relkind = 'p', t.typname, x.nspname, e.extversion, a.atttypmod,
@@ -71,6 +104,11 @@ class VectorColumn:
             dim = first[0][0].count(",") + 1
         return replace(blank, rows=rows, dim=dim)
 
+    def indexes(self, run: Callable[..., list[tuple[Any, ...]]]) -> list[_Index]:
+        """List the vector indexes of the column, and those of the partitions of its table."""
+        table = self.sql("{table}").as_string(None)
+        return [_Index(*row) for row in run(_INDEXES, {"table": table, "column": self.name})]
+
     def sql(self, text: str, **parts: Any) -> Any:
         """Compose SQL: `{table}`, `{column}` and `{x}`, the schema of pgvector, are filled in."""
         from psycopg import sql
@@ -88,7 +126,6 @@ class VectorColumn:
         return self.sql(f"(({of})::{{x}}.{type_}({self.dim}))")
 
 # %% ../../nbs/11f_index.ipynb #index-plan
-_OPERATORS = {"cosine": "<=>", "l2": "<->", "ip": "<#>", "l1": "<+>"}
 _MOST_DIMS = {"vector": 2000, "halfvec": 4000}  # that an index can hold
 
 
@@ -189,46 +226,6 @@ def _parameters(method: str, rows: int) -> dict[str, int]:
         return {"m": 24, "ef_construction": 200}
     return {"m": 16, "ef_construction": 64 if rows <= 50_000 else 128}
 
-# %% ../../nbs/11f_index.ipynb #vector-indexes
-_INDEXES = """
-SELECT n.nspname, c.relname, i.indisvalid, m.amname, o.opcname, coalesce(array_to_string(
-    c.reloptions, ', '), ''), pg_relation_size(c.oid),
-    coalesce(pg_get_expr(i.indpred, i.indrelid), ''), (SELECT min(k.pid) FROM pg_locks AS k
-        WHERE k.relation = i.indrelid AND k.mode = 'ShareUpdateExclusiveLock' AND k.granted
-        AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database()))
-FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
-    JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    JOIN pg_opclass AS o ON o.oid = i.indclass[0] JOIN pg_am AS m ON m.oid = o.opcmethod
-    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = %(column)s
-WHERE m.amname IN ('hnsw', 'ivfflat') AND i.indrelid IN (
-        SELECT to_regclass(%(table)s)
-        UNION SELECT relid FROM pg_partition_tree(to_regclass(%(table)s)))
-    AND EXISTS (SELECT FROM pg_depend AS d WHERE d.classid = 'pg_class'::regclass
-        AND d.objid = i.indexrelid AND d.refobjid = i.indrelid AND d.refobjsubid = a.attnum)
-ORDER BY i.indrelid <> to_regclass(%(table)s), 1, 2"""
-
-
-@dataclass(frozen=True)
-class _Index:
-    """A vector index that exists."""
-
-    schema: str
-    name: str
-    is_valid: bool
-    method: str
-    ops: str  # its operator class: "vector_cosine_ops"
-    options: str  # "m=16, ef_construction=64"
-    bytes: int
-    where: str
-    pid: int | None  # of a process that may be building it
-
-
-def _read_indexes(database: Database, column: VectorColumn) -> list[_Index]:
-    """List the vector indexes of a column, and those of the partitions of its table."""
-    table = column.sql("{table}").as_string(None)
-    rows = database.run(_INDEXES, {"table": table, "column": column.name})
-    return [_Index(*row) for row in rows]
-
 # %% ../../nbs/11f_index.ipynb #tune
 _SERVER = """
 SELECT pg_size_bytes(current_setting('maintenance_work_mem')),
@@ -261,6 +258,33 @@ def _tune(
     for name, value in wanted.items():
         connection.execute("SELECT set_config(%s, %s, false)", [name, value])
     return facts | {"memory": memory, "workers": workers}
+
+# %% ../../nbs/11f_index.ipynb #drop-index
+_DROP_WAITS = "10s"
+
+
+def drop_index(database: Database, index: _Index) -> None:
+    """Drop an index without a lock on its table; raise BackfillError if that fails."""
+    import psycopg
+
+    name = _identifier(index.schema, index.name)
+    drop = psycopg.sql.SQL("DROP INDEX CONCURRENTLY {}").format(name)
+    try:
+        with database.connect() as connection:
+            if not _is_pooled(connection):
+                connection.execute(f"SET lock_timeout = '{_DROP_WAITS}'")
+            connection.execute(drop)
+    except (psycopg.Error, KeyboardInterrupt) as error:
+        raise BackfillError(
+            f"the unfinished index {index.name} is left, because a transaction that is open uses "
+            f"its table. When it has ended: {drop.as_string(None)}"
+        ) from error
+
+
+def _identifier(*parts: str) -> Any:
+    from psycopg import sql
+
+    return sql.Identifier(*parts)
 
 # %% ../../nbs/11f_index.ipynb #run-build
 _PROGRESS = """
@@ -327,26 +351,11 @@ class _BuildError(BackfillError):
         self.is_about_shared_memory = "shared memory" in line
 
 
-_DROP_WAITS = "10s"  # for transactions that are open; the drop waits for them, as the build does
-
-
 def _drop_remains(database: Database, plan: IndexPlan) -> None:
     """Drop the index of a plan if it is not valid; raise BackfillError if that fails."""
-    import psycopg
-
-    for index in _read_indexes(database, plan.column):
+    for index in plan.column.indexes(database.run):
         if index.name == plan.name and not index.is_valid:
-            drop = plan.column.sql("DROP INDEX CONCURRENTLY {s}.{i}", s=index.schema, i=index.name)
-            try:
-                with database.connect() as connection:
-                    if not _is_pooled(connection):
-                        connection.execute(f"SET lock_timeout = '{_DROP_WAITS}'")
-                    connection.execute(drop)
-            except (psycopg.Error, KeyboardInterrupt) as error:
-                raise BackfillError(
-                    f"the unfinished index {index.name} is left, because a transaction that is "
-                    f"open uses its table. When it has ended: {drop.as_string(None)}"
-                ) from error
+            drop_index(database, index)
 
 # %% ../../nbs/11f_index.ipynb #build-index
 def build_index(
@@ -361,7 +370,7 @@ def build_index(
     """Build an index unless there is one like it; raise BackfillError."""
     if plan.column.is_partitioned:
         return _build_on_partitions(database, plan, memory, workers, replaces, show)
-    for index in _read_indexes(database, plan.column):
+    for index in plan.column.indexes(database.run):
         if not _is_like(index, plan):
             continue
         if index.is_valid:
@@ -375,7 +384,7 @@ def build_index(
             raise
         database.say("no shared memory for parallel workers: building with one process")
         facts = _run_build(database, plan, show, memory, 0)
-    (index,) = [i for i in _read_indexes(database, plan.column) if i.name == plan.name]
+    (index,) = [i for i in plan.column.indexes(database.run) if i.name == plan.name]
     return {"status": "built", **_describe(index), **facts}
 
 
@@ -417,7 +426,7 @@ def _build_on_partitions(
 ) -> dict[str, Any]:  # fmt: skip
     """Build an index on each partition, and then one of the table that takes them over."""
     column, seconds = plan.column, 0.0
-    existing = [i for i in _read_indexes(database, column) if _is_like(i, plan) and i.is_valid]
+    existing = [i for i in column.indexes(database.run) if _is_like(i, plan) and i.is_valid]
     leaves = database.run(_LEAVES, {"table": column.sql("{table}").as_string(None)})
     options = {"memory": memory, "workers": workers, "replaces": replaces, "show": show}
     for number, (schema, table) in enumerate(leaves, 1):
@@ -429,14 +438,8 @@ def _build_on_partitions(
         database.say(f"partition {number} of {len(leaves)}, {table}: {done['status']}")
     if not any(index.name == plan.name for index in existing):
         database.run(plan.statement(concurrently=False))
-    indexes = _read_indexes(database, column)
+    indexes = column.indexes(database.run)
     status = "built" if seconds else "exists"
     index = next(i for i in indexes if i.name == plan.name)
     total = sum(i.bytes for i in indexes if _is_like(i, plan))
     return {"status": status, **_describe(index), "bytes": total, "seconds": round(seconds, 1)}
-
-
-def _identifier(*parts: str) -> Any:
-    from psycopg import sql
-
-    return sql.Identifier(*parts)

@@ -94,10 +94,10 @@ class VectorColumn:
             schema, name, column, is_partitioned, type_, extension, version, max(dim, 0), dim > 0,
             frozenset(classes), 0,
         )  # fmt: skip
-        ((rows,),) = database.run(blank.sql("SELECT count({column}) FROM {table}"))
+        ((rows,),) = blank.run(database, "SELECT count({column}) FROM {table}")
         if dim < 0:
             some = "SELECT {column}::text FROM {table} WHERE {column} IS NOT NULL LIMIT 1"
-            first = database.run(blank.sql(some))
+            first = blank.run(database, some)
             if not first:
                 message = f"column {column!r} has no length (as vector(512) has) and no vector"
                 raise UsageError(f"{message}: fill it first")
@@ -117,6 +117,10 @@ class VectorColumn:
         names |= {"column": self.name, **parts}
         quoted = {n: sql.Identifier(v) if isinstance(v, str) else v for n, v in names.items()}
         return sql.SQL(text).format(**quoted)
+
+    def run(self, database: Database, text: str, **parts: Any) -> list[tuple[Any, ...]]:
+        """Compose SQL without values, and run it."""
+        return database.run(self.sql(text, **parts).as_string(None).replace("%", "%%"))
 
     def key(self, half: bool, of: str = "{column}") -> Any:
         """Compose what an index is on: the column, or a cast where the type alone does not do."""
@@ -354,6 +358,7 @@ class _BuildError(BackfillError):
 def _drop_remains(database: Database, plan: IndexPlan) -> None:
     """Drop the index of a plan if it is not valid; raise BackfillError if that fails."""
     for index in plan.column.indexes(database.run):
+        # guard: an index that is valid stays
         if index.name == plan.name and not index.is_valid:
             drop_index(database, index)
 
@@ -373,6 +378,8 @@ def build_index(
     for index in plan.column.indexes(database.run):
         if not _is_like(index, plan):
             continue
+        if index.is_valid and not _serves(index, plan):
+            raise BackfillError(f"there is another index named {index.name}: give --name")
         if index.is_valid:
             return {"status": "exists", **_describe(index)}
         _check_unfinished(index, replaces)
@@ -390,13 +397,19 @@ def build_index(
 
 def _is_like(index: _Index, plan: IndexPlan) -> bool:
     """True if an index has the name of a plan, or serves the same queries."""
-    same = (index.method, index.ops) == tuple(plan.operator_class.split())
-    return index.name == plan.name or (same and not index.where and not plan.where)
+    return index.name == plan.name or (
+        _serves(index, plan) and not index.where and not plan.where
+    )
+
+
+def _serves(index: _Index, plan: IndexPlan) -> bool:
+    """True if an index has the method, the distance and the type of a plan."""
+    return (index.method, index.ops) == tuple(plan.operator_class.split())
 
 
 def _check_unfinished(index: _Index, replaces: bool) -> None:
     """Raise BackfillError unless an index that is not valid may be dropped."""
-    if index.pid:  # guard: it is not dropped while another process may be building it
+    if index.pid:  # guard: no index is dropped that another process may be building
         raise BackfillError(
             f"the index {index.name} is not valid, and process {index.pid} has a lock on its "
             "table: it may be building it. Wait until it ends"
@@ -437,7 +450,7 @@ def _build_on_partitions(
         seconds += done.get("seconds", 0.0)
         database.say(f"partition {number} of {len(leaves)}, {table}: {done['status']}")
     if not any(index.name == plan.name for index in existing):
-        database.run(plan.statement(concurrently=False))
+        column.run(database, "{index}", index=plan.statement(concurrently=False))
     indexes = column.indexes(database.run)
     status = "built" if seconds else "exists"
     index = next(i for i in indexes if i.name == plan.name)

@@ -261,7 +261,7 @@ class _Session:
         calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
         try:
             with self._connection.transaction():
-                # guard: SQL and functions of the user change nothing here
+                # guard: a measurement changes nothing, whatever SQL it is given
                 self._connection.execute("SET TRANSACTION READ ONLY")
                 self._connection.execute(f"SELECT {calls}", pairs)
                 for statement, values in statements:
@@ -393,6 +393,18 @@ def _below(groups: dict[str, dict[str, Any]], goal: float) -> list[str]:
     return sorted(names, key=lambda name: groups[name]["recall"])
 
 
+def _typical_ms(groups: dict[str, dict[str, Any]]) -> float:
+    """Compute the mean of the groups' p50."""
+    return round(sum(group["p50_ms"] for group in groups.values()) / len(groups), 2)
+
+
+def _best(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Choose the quickest setting with which every group reaches the goal."""
+    good = [trial for trial in trials if not trial["below_goal"]]
+    limit = 1.1 * min((trial["ms"] for trial in good), default=0)
+    return next((trial for trial in good if trial["ms"] <= limit), None)
+
+
 def _try_settings(
     session: _Session, queries: list[_Query], settings: dict[str, str], index: dict[str, Any],
     goal: float, show: Show,
@@ -405,15 +417,13 @@ def _try_settings(
         show("settings", number, len(trials))
         answers = session.answer(queries, settings | trial)
         groups = _summarize(answers)
-        seconds = [answer.seconds for answer in answers]
         asked, returned = (sum(g[key] for g in groups.values()) for key in ("asked", "returned"))
         results.append({
             "settings": trial, "groups": groups, "below_goal": _below(groups, goal),
             "recall": round(sum(a.hits for a in answers) / asked, 4),
             "worst": min(group["recall"] for group in groups.values()),
-            "returned": returned, "asked": asked,
-            "mean_ms": round(sum(seconds) / len(seconds) * 1000, 2),
-            **_percentiles(seconds),
+            "returned": returned, "asked": asked, "ms": _typical_ms(groups),
+            **_percentiles([answer.seconds for answer in answers]),
         })  # fmt: skip
     return results
 
@@ -524,10 +534,8 @@ def measure(
         worst = [name for name in below if name in facts["values"]]
         if tries_indexes and worst:
             other |= _try_partial(database, session, queries, settings, worst[0])
-        good = [trial for trial in trials if not trial["below_goal"]]
-        best = min(good, key=lambda trial: trial["mean_ms"], default=None)
         report |= {"goal": goal, "k": search.k, "below_goal": below, "trials": trials}
-        report |= {"best": best, "other": other}
+        report |= {"best": _best(trials), "other": other, "ms": _typical_ms(report["groups"])}
         return report | {"sql": advise(report, search)}
     finally:
         session.close()

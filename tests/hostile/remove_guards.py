@@ -41,6 +41,7 @@ FILES = {
     "endpoint": "remote/endpoint.py",
     "settings": "settings.py", "process": "serving/process.py",
     "client": "client.py", "deploy": "cli/deploy.py",
+    "index": "database/index.py", "recall": "database/recall.py",
 }  # fmt: skip
 TESTS = {
     "auth": [f"{HOSTILE}/test_auth_rows.py", "tests/test_auth.py"],
@@ -76,6 +77,8 @@ TESTS = {
     ],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
+    "index": ["tests/database/test_index.py"],
+    "recall": ["tests/database/test_index.py"],
 }
 
 
@@ -352,6 +355,11 @@ CLIENT = [
 DEPLOY = [
     ("one GPU is paid for", NEVER),
 ]
+INDEX = [
+    ("an index that is valid stays", (r" and not index.is_valid", "")),
+    ("no index is dropped that another process may be building", NEVER),
+]
+RECALL = [("a measurement changes nothing, whatever SQL it is given", SKIP)]
 GUARDS = [
     Guard(module, *entry)
     for module, entries in (
@@ -381,6 +389,8 @@ GUARDS = [
         ("process", PROCESS),
         ("client", CLIENT),
         ("deploy", DEPLOY),
+        ("index", INDEX),
+        ("recall", RECALL),
     )
     for entry in entries
 ]

@@ -417,6 +417,11 @@ def _describe_others(report: dict[str, Any]) -> list[str]:
         lines.append(f"partial    an index WHERE {partial['where']}: {recall}, {facts}")
     elif partial:
         lines.append("partial    not possible: the filter is not a column of the table itself")
+    generic = other.get("generic")
+    if generic and generic["is_slow"]:
+        lines.append(f"generic    after five calls in a session, one plan may serve all values: "
+                     f"{generic['generic_ms']} ms instead of {generic['custom_ms']}")  # fmt: skip
+        lines.append(f"           {generic['sql']}")
     if "halfvec" in other:
         recall = f"recall {other['halfvec']['recall']:.3f} at best"
         lines.append(f"halfvec    {recall}, in half the memory: index create --halfvec")

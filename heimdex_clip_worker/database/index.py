@@ -17,7 +17,7 @@ from ..backfill.rows import BackfillError, UsageError
 from ..errors import redact_urls
 
 # %% auto #0
-__all__ = ['Show', 'VectorColumn', 'IndexPlan', 'build_index']
+__all__ = ['VectorColumn', 'IndexPlan', 'build_index']
 
 # %% ../../nbs/11f_index.ipynb #vector-indexes
 _INDEXES = """
@@ -294,10 +294,10 @@ def _identifier(*parts: str) -> Any:
 _PROGRESS = """
 SELECT phase, tuples_done, blocks_done, blocks_total, current_locker_pid
 FROM pg_stat_progress_create_index WHERE relid = to_regclass(%(table)s) AND phase IS NOT NULL"""
-Show = Callable[[float, str], None]  # how much is done, 0 to 1, and what is being done
+_Show = Callable[[float, str], None]  # how much is done, 0 to 1, and what is being done
 
 
-def _watch(database: Database, plan: IndexPlan, build: Future[Any], show: Show) -> None:
+def _watch(database: Database, plan: IndexPlan, build: Future[Any], show: _Show) -> None:
     """Show how far a build is, until it ends."""
     table = plan.column.sql("{table}").as_string(None)
     while not wait([build], timeout=0.25).done:
@@ -310,7 +310,7 @@ def _watch(database: Database, plan: IndexPlan, build: Future[Any], show: Show) 
 
 
 def _run_build(
-    database: Database, plan: IndexPlan, show: Show, memory: int | None, workers: int | None
+    database: Database, plan: IndexPlan, show: _Show, memory: int | None, workers: int | None
 ) -> dict[str, Any]:
     """Build one index; raise BackfillError, and leave none that is not valid."""
     import psycopg
@@ -370,7 +370,7 @@ def build_index(
     memory: int | None = None,  # bytes for the build; None: by the size of the table
     workers: int | None = None,  # parallel ones; None: half of what the server has
     replaces: bool = False,  # an unfinished index
-    show: Show = lambda done, note: None,
+    show: _Show = lambda done, note: None,
 ) -> dict[str, Any]:
     """Build an index unless there is one like it; raise BackfillError."""
     if plan.column.is_partitioned:
@@ -435,7 +435,7 @@ WHERE p.isleaf AND c.relkind = 'r' ORDER BY 1, 2"""
 
 def _build_on_partitions(
     database: Database, plan: IndexPlan, memory: int | None, workers: int | None,
-    replaces: bool, show: Show,
+    replaces: bool, show: _Show,
 ) -> dict[str, Any]:  # fmt: skip
     """Build an index on each partition, and then one of the table that takes them over."""
     column, seconds = plan.column, 0.0

@@ -22,7 +22,7 @@ from .index import drop_index
 from ..errors import redact_urls
 
 # %% auto #0
-__all__ = ['Show', 'Search', 'Function', 'measure']
+__all__ = ['Search', 'Function', 'measure']
 
 # %% ../../nbs/11fa_recall.ipynb #search
 def _with_values(statement: Any) -> str:
@@ -283,6 +283,8 @@ class _Session:
     def answer(self, queries: list[_Query], settings: dict[str, str]) -> list[_Answer]:
         """Run queries as the application does; the first one also to warm up."""
         k, search = self.search.k, self.search
+        if search.call is not None:
+            settings = {"plan_cache_mode": "force_custom_plan"} | settings
         statements = [(search.usual(q.value is not None), q.parameters(k)) for q in queries]
         results, answers = self.timed(statements[:1] + statements, settings)[1:], []
         for query, (rows, seconds) in zip(queries, results, strict=True):
@@ -384,7 +386,7 @@ def _trials(
     return [trial for trial in trials if trial.keys() <= known.keys()]
 
 # %% ../../nbs/11fa_recall.ipynb #try-settings
-Show = Callable[[str, int, int], None]  # what is measured, how many of how many
+_Show = Callable[[str, int, int], None]  # what is measured, how many of how many
 
 
 def _below(groups: dict[str, dict[str, Any]], goal: float) -> list[str]:
@@ -407,7 +409,7 @@ def _best(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _try_settings(
     session: _Session, queries: list[_Query], settings: dict[str, str], index: dict[str, Any],
-    goal: float, show: Show,
+    goal: float, show: _Show,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the queries with each setting."""
     lists = re.search(r"lists=(\d+)", index["options"])
@@ -469,6 +471,24 @@ def _compare_half(session: _Session, queries: list[_Query]) -> dict[str, Any]:
         hits += _count_hits(query, [*near][: search.k], near)
     return {"halfvec": {"recall": round(hits / sum(len(q.expected) for q in some), 4)}}
 
+# %% ../../nbs/11fa_recall.ipynb #compare-generic
+def _compare_generic(
+    session: _Session, queries: list[_Query], settings: dict[str, str]
+) -> dict[str, Any]:
+    """Measure some queries with the function's generic plan, and with plans for their values."""
+    call = session.search.call
+    if call is None or any(pair.startswith("plan_cache_mode=") for pair in call.settings):
+        return {}
+    some = list({query.group: query for query in queries}.values())[:5]
+    facts = {}
+    for kind in ("custom", "generic"):
+        mode = {"plan_cache_mode": f"force_{kind}_plan"}
+        answers = session.answer(some, settings | mode)
+        facts[f"{kind}_ms"] = _typical_ms(_summarize(answers))
+    slow = facts["generic_ms"] > max(3 * facts["custom_ms"], facts["custom_ms"] + 5)
+    sql = f"ALTER FUNCTION {call.signature} SET plan_cache_mode = force_custom_plan;"
+    return {"generic": {**facts, "is_slow": slow, "sql": sql}}
+
 # %% ../../nbs/11fa_recall.ipynb #advise
 def advise(report: dict[str, Any], search: Search) -> list[str]:
     """Write the SQL that reaches the goal, or what to do where no setting does."""
@@ -479,6 +499,7 @@ def advise(report: dict[str, Any], search: Search) -> list[str]:
         return _advise_without_setting(report, search)
     pairs = [f"{name} = {value}" for name, value in best["settings"].items()]
     if search.call is not None:
+        pairs.append("plan_cache_mode = force_custom_plan")  # as it was measured
         load = f"SELECT '[1]'::{x}.vector;  -- loads pgvector, or only a superuser may set this"
         return [load, *(f"ALTER FUNCTION {search.call.signature} SET {pair};" for pair in pairs)]
     return ["BEGIN;", *(f"SET LOCAL {pair};" for pair in pairs), "-- the search", "COMMIT;"]
@@ -513,7 +534,7 @@ def measure(
     value_count: int = 8,  # about how many values are chosen besides
     settings: dict[str, str] | None = None,  # of every search
     tries_indexes: bool = False,  # build a partial index, and drop it
-    show: Show = lambda what, done, total: None,
+    show: _Show = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measure recall and latency, and what would better them; raise BackfillError."""
     settings, session = settings or {}, _Session(database, search)
@@ -528,6 +549,7 @@ def measure(
         report = facts | _measure_present(session, queries, settings)
         below = _below(report["groups"], goal)
         trials, other = [], _compare_half(session, queries)
+        other |= _compare_generic(session, queries, settings)
         if below and report["indexes"]:
             first = report["indexes"][0]
             trials = _try_settings(session, queries, settings, first, goal, show)

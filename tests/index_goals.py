@@ -170,6 +170,7 @@ def main() -> None:
         build = ["--m", "16", "--ef-construction", "64", "--memory", args.memory]
         _, result["create"] = call(uri, "create", *build)
         by_owner = ["check", "--filter", "v.owner_id", "--join", JOIN, "--value", SMALL]
+        by_owner += ["--sample", "50", "--values", "4"]
         function = [*by_owner, "--function", "search_scenes"]
         plot = ["--plot", args.plot] if args.plot else []
         status, report = call(uri, *function, *plot)

@@ -396,7 +396,8 @@ def _trials_table(report: dict[str, Any]) -> str:
     rows = []
     for trial in report["trials"]:
         names = ", ".join(f"{name} {value}" for name, value in trial["settings"].items())
-        mark = "best" if trial is report["best"] else "" if trial["below_goal"] else "enough"
+        mark = "" if trial["below_goal"] else "enough"
+        mark = "best" if trial is report["best"] else "slow" if trial["is_slow"] else mark
         rows.append([names, f"{trial['recall']:.3f}", f"{trial['worst']:.3f}",
                      f"{trial['returned']} of {trial['asked']}", trial["ms"],
                      trial["p95_ms"], mark])  # fmt: skip
@@ -445,7 +446,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     lowest = min(group["recall"] for group in groups)
     mean = sum(g["recall"] * g["asked"] for g in groups) / sum(g["asked"] for g in groups)
     points = [("now", report["ms"], mean, lowest)]
-    for trial in report["trials"]:
+    for trial in [trial for trial in report["trials"] if not trial["is_slow"]]:
         name = ", ".join(f"{n.split('.')[1]} {v}" for n, v in trial["settings"].items())
         points.append((name, trial["ms"], trial["recall"], trial["worst"]))
     figure = Figure(figsize=(9, 5.5), layout="constrained")

@@ -368,19 +368,19 @@ def _trials(
     rows: int,
     lists: int,  # of an IVFFlat index
 ) -> list[dict[str, str]]:
-    """List settings to try, from those with the least work."""
+    """List settings to try, the most promising first."""
     if method == "ivfflat":
         probes = [n for n in (round(lists**0.5) * f for f in (1, 2, 4, 8)) if n < lists] + [lists]
         trials = [{"ivfflat.probes": str(n)} for n in probes]
         order = {"ivfflat.iterative_scan": "relaxed_order"}
-        trials += [order | trial for trial in trials[:3]]
+        trials = [order | trial for trial in trials[:3]] + trials
     else:
         now = int(known.get("hnsw.ef_search", 40))
-        trials = [{"hnsw.ef_search": str(n)} for n in (100, 200, 400, 1000) if n > now]
+        plain = [{"hnsw.ef_search": str(n)} for n in (100, 200, 400, 1000) if n > now]
         order = {"hnsw.iterative_scan": "relaxed_order"}
         deep = {"hnsw.max_scan_tuples": str(max(rows, 20_000)), "hnsw.scan_mem_multiplier": "4"}
-        further = [{}, *trials[:2]]
-        trials += [order | trial for trial in further]
+        further = [{}, *plain[:2]]
+        trials = [order | trial for trial in further] + plain
         trials += [{"hnsw.iterative_scan": "strict_order"} | trial for trial in further[:2]]
         trials += [order | deep | trial for trial in further] if rows > 20_000 else []
     return [trial for trial in trials if trial.keys() <= known.keys()]
@@ -402,7 +402,7 @@ def _typical_ms(groups: dict[str, dict[str, Any]]) -> float:
 
 def _best(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Choose the quickest setting with which every group reaches the goal."""
-    good = [trial for trial in trials if not trial["below_goal"]]
+    good = [trial for trial in trials if not (trial["below_goal"] or trial["is_slow"])]
     limit = 1.1 * min((trial["ms"] for trial in good), default=0)
     return next((trial for trial in good if trial["ms"] <= limit), None)
 
@@ -415,16 +415,21 @@ def _try_settings(
     lists = re.search(r"lists=(\d+)", index["options"])
     column, results = session.search.column, []
     trials = _trials(index["method"], session.known, column.rows, int(lists[1]) if lists else 100)
+    first = list({query.group: query for query in queries[::-1]}.values())
     for number, trial in enumerate(trials):
         show("settings", number, len(trials))
-        answers = session.answer(queries, settings | trial)
+        answers = session.answer(first, settings | trial)
+        best = _best(results)
+        is_slow = best is not None and _typical_ms(_summarize(answers)) > 2 * best["ms"]
+        if not is_slow:
+            answers = session.answer(queries, settings | trial)
         groups = _summarize(answers)
         asked, returned = (sum(g[key] for g in groups.values()) for key in ("asked", "returned"))
         results.append({
-            "settings": trial, "groups": groups, "below_goal": _below(groups, goal),
+            "settings": trial, "is_slow": is_slow, "below_goal": _below(groups, goal),
             "recall": round(sum(a.hits for a in answers) / asked, 4),
             "worst": min(group["recall"] for group in groups.values()),
-            "returned": returned, "asked": asked, "ms": _typical_ms(groups),
+            "returned": returned, "asked": asked, "ms": _typical_ms(groups), "groups": groups,
             **_percentiles([answer.seconds for answer in answers]),
         })  # fmt: skip
     return results

@@ -165,6 +165,20 @@ def test_an_index_of_any_type_is_used_and_finds_all(server, vector, half) -> Non
     assert stored["uses_index"] and stored["recall"] >= 0.9
 
 
+def test_a_partitioned_table_is_indexed_and_checked(server) -> None:
+    server.do(
+        "CREATE TABLE parts (id int, v extensions.vector(64)) PARTITION BY LIST ((id % 2))",
+        "CREATE TABLE parts_0 PARTITION OF parts FOR VALUES IN (0)",
+        "CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1) PARTITION BY RANGE (id)",
+        "CREATE TABLE parts_1_all PARTITION OF parts_1 DEFAULT",
+        f"""INSERT INTO parts SELECT row_number() OVER (), {COLUMN} FROM video_scenes LIMIT 300""",
+    )
+    column = VectorColumn.read(server.database, "parts", "v")
+    build_index(server.database, IndexPlan.choose(column), workers=0)
+    report = measure(server.database, Search(column), sample=5, settings=WHOLE)
+    assert report["groups"]["stored"]["uses_index"] and len(names(server, column)) == 4
+
+
 def test_ivfflat_needs_more_probes(server) -> None:
     column = server.table("lists")
     build_index(server.database, IndexPlan.choose(column, method="ivfflat", lists=50), workers=0)

@@ -108,8 +108,10 @@ def start(uri: str, *words: str) -> subprocess.Popen[str]:
 
 def call(uri: str, *words: str) -> tuple[int, dict[str, Any]]:
     """Run `heimdex-clip index ... --json`; return its exit status and its answer."""
+    began = time.monotonic()
     process = start(uri, *words, "--json")
     out, err = process.communicate()
+    print(f"{words[0]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     assert process.returncode in (0, 3), err
     return process.returncode, json.loads(out)
 

@@ -398,9 +398,10 @@ def _trials_table(report: dict[str, Any]) -> str:
         names = ", ".join(f"{name} {value}" for name, value in trial["settings"].items())
         mark = "" if trial["below_goal"] else "enough"
         mark = "best" if trial is report["best"] else "slow" if trial["is_slow"] else mark
-        rows.append([names, f"{trial['recall']:.3f}", f"{trial['worst']:.3f}",
-                     f"{trial['returned']} of {trial['asked']}", trial["ms"],
-                     trial["p95_ms"], mark])  # fmt: skip
+        cells = [f"{trial['recall']:.3f}", f"{trial['worst']:.3f}",
+                 f"{trial['returned']} of {trial['asked']}"]  # fmt: skip
+        cells = [""] * 3 if trial["is_slow"] else cells  # a few queries say nothing
+        rows.append([names, *cells, trial["ms"], trial["p95_ms"], mark])
     return table(heads, rows, right=range(1, 6))
 
 

@@ -443,14 +443,15 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     """Draw recall over latency; raise CommandError."""
     with needs("explore", "A picture"):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     groups = report["groups"].values()
     lowest = min(group["recall"] for group in groups)
     mean = sum(g["recall"] * g["asked"] for g in groups) / sum(g["asked"] for g in groups)
     points = [("now", report["ms"], mean, lowest)]
     for trial in [trial for trial in report["trials"] if not trial["is_slow"]]:
-        name = ", ".join(f"{n.split('.')[1]} {v}" for n, v in trial["settings"].items())
+        name = ", ".join(f"{n.split('.')[-1]} {v}" for n, v in trial["settings"].items())
         points.append((name, trial["ms"], trial["recall"], trial["worst"]))
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, latency, recall, worst) in enumerate(points, 1):
         axes.plot([latency, latency], [worst, recall], color="0.8", zorder=1)
@@ -460,10 +461,10 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     axes.axhline(report["goal"], linestyle="--", color="tab:red", linewidth=1)
     axes.set(xscale="log", xlabel="ms: the mean of the groups' p50", ylim=(-0.03, 1.03),
              ylabel=f"recall@{report['k']}: all (blue), the worst group (orange)")  # fmt: skip
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend(fontsize=8, handlelength=0, markerscale=0, loc="center left",
-                bbox_to_anchor=(1, 0.5))  # fmt: skip
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(fontsize=8, handlelength=0, markerscale=0, ncol=2, loc="outside lower center")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -247,7 +247,7 @@ class _Session:
             LEFT JOIN {table} AS t ON true LIMIT 1"""
         ((self._id_type,),) = self.execute(search._compose(id_type, False))
         self.known = dict(self.execute("""SELECT name, setting FROM pg_settings
-            WHERE name LIKE 'hnsw.%%' OR name LIKE 'ivfflat.%%'"""))
+            WHERE name LIKE 'hnsw.%%' OR name LIKE 'ivfflat.%%' OR name = 'random_page_cost'"""))
 
     def execute(
         self, statement: str, values: dict[str, Any] | None = None, **settings: str
@@ -375,20 +375,22 @@ def _trials(
     lists: int,  # of an IVFFlat index
 ) -> list[dict[str, str]]:
     """List settings to try, the most promising first."""
+    is_near = float(known.get("random_page_cost", 4)) <= 1.1
+    near = {} if is_near else {"random_page_cost": "1.1"}
     if method == "ivfflat":
         probes = [n for n in (round(lists**0.5) * f for f in (1, 2, 4, 8)) if n < lists] + [lists]
         trials = [{"ivfflat.probes": str(n)} for n in probes]
         order = {"ivfflat.iterative_scan": "relaxed_order"}
         trials = [order | trial for trial in trials[:3]] + trials
     else:
-        now = int(known.get("hnsw.ef_search", 40))
-        plain = [{"hnsw.ef_search": str(n)} for n in (100, 200, 400, 1000) if n > now]
+        ef = {n: {"hnsw.ef_search": str(n)} for n in (100, 200, 400, 1000)}
         order = {"hnsw.iterative_scan": "relaxed_order"}
         deep = {"hnsw.max_scan_tuples": str(max(rows, 20_000)), "hnsw.scan_mem_multiplier": "4"}
-        further = [{}, *plain[:2]]
-        trials = [order | trial for trial in further] + plain
-        trials += [{"hnsw.iterative_scan": "strict_order"} | trial for trial in further[:2]]
-        trials += [order | deep | trial for trial in further] if rows > 20_000 else []
+        trials = [order | more for more in ({}, ef[100], ef[200], ef[200] | near, ef[400] | near)]
+        trials += [ef[100], ef[200], ef[400] | near, ef[1000] | near]
+        strict = {"hnsw.iterative_scan": "strict_order"}
+        trials += [strict | ef[100], strict | ef[200] | near, order | deep | ef[200] | near]
+    trials = list({str(sorted(trial.items())): trial for trial in trials}.values())
     return [trial for trial in trials if trial.keys() <= known.keys()]
 
 # %% ../../nbs/11fa_recall.ipynb #try-settings

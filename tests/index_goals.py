@@ -40,6 +40,8 @@ SET ROLE app;
 CREATE TABLE videos (id uuid PRIMARY KEY, owner_id uuid NOT NULL);
 CREATE TABLE video_scenes (id uuid PRIMARY KEY, video_id uuid NOT NULL REFERENCES videos,
     thumbnail_url text, visual_clip_metadata jsonb, embedding_visual_clip extensions.vector({dim}));
+CREATE INDEX ON videos (owner_id);
+CREATE INDEX ON video_scenes (video_id);
 CREATE FUNCTION search_scenes(query_embedding extensions.vector, match_threshold float DEFAULT 0,
     match_count int DEFAULT 10, filter_owner_id uuid DEFAULT NULL)
 RETURNS TABLE (id uuid, similarity float) LANGUAGE plpgsql STABLE AS $$

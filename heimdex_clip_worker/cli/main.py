@@ -72,6 +72,15 @@ VECTORS = [
     ),
 ]  # fmt: skip
 
+# %% ../../nbs/14_cli.ipynb #of-a-database
+DATABASE = [
+    Command(
+        "index", "cli.index", "build a vector index, and measure what it finds",
+        ("index create",
+         "index check --join 'JOIN videos v ON v.id = t.video_id' --filter v.owner_id"),
+    ),
+]  # fmt: skip
+
 # %% ../../nbs/14_cli.ipynb #of-an-endpoint
 ENDPOINT = [
     Command(
@@ -114,7 +123,9 @@ MACHINE = [
 ]  # fmt: skip
 
 # %% ../../nbs/14_cli.ipynb #commands
-_GROUPS = {"Vectors": VECTORS, "An endpoint": ENDPOINT, "This machine": MACHINE}
+_GROUPS = {
+    "Vectors": VECTORS, "A database": DATABASE, "An endpoint": ENDPOINT, "This machine": MACHINE,
+}  # fmt: skip
 _COMMANDS = {command.name: command for group in _GROUPS.values() for command in group}
 
 # %% ../../nbs/14_cli.ipynb #overview

@@ -45,6 +45,7 @@ FILES = {
     "client": "client.py", "deploy": "cli/deploy.py",
     "search": "database/search.py", "search_table": "cli/search_table.py",
     "migrate": "database/migrate.py", "migrate_command": "cli/migrate.py",
+    "index": "database/index.py", "recall": "database/recall.py",
 }  # fmt: skip
 TESTS = {
     "auth": [f"{HOSTILE}/test_auth_rows.py", "tests/test_auth.py"],
@@ -89,6 +90,8 @@ TESTS = {
     "search_table": ["tests/database/test_search_table.py"],
     "migrate": ["tests/database/test_migrate.py"],
     "migrate_command": ["tests/database/test_migrate.py"],
+    "index": ["tests/database/test_index.py"],
+    "recall": ["tests/database/test_index.py"],
 }
 
 
@@ -402,6 +405,11 @@ MIGRATE = [
 MIGRATE_COMMAND = [
     ("a type alone", NEVER),
 ]
+INDEX = [
+    ("an index that is valid stays", (r" and not index.is_valid", "")),
+    ("no index is dropped that another process may be building", NEVER),
+]
+RECALL = [("a measurement changes nothing, whatever SQL it is given", SKIP)]
 GUARDS = [
     Guard(module, *entry)
     for module, entries in (
@@ -438,6 +446,8 @@ GUARDS = [
         ("search_table", SEARCH_TABLE),
         ("migrate", MIGRATE),
         ("migrate_command", MIGRATE_COMMAND),
+        ("index", INDEX),
+        ("recall", RECALL),
     )
     for entry in entries
 ]

@@ -90,7 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="?", help="what to look for")
     add("--image", metavar="FILE|URL", help="look for images like this one instead")
-    add("--in", metavar="FILE", dest="file", type=Path, required=True, help="Parquet with vectors")
+    add("--in", metavar="FILE", dest="file", type=Path, required=True,
+        help="Parquet with vectors, or a folder of such files")  # fmt: skip
     add("--top", metavar="N", type=int, default=5, help="how many (%(default)s)")
     add("--show", metavar="COLUMN", action="append", default=[], help="show it too (repeatable)")
     add_backend(parser)
@@ -103,7 +104,7 @@ def _query_of(args: argparse.Namespace) -> Input:
         raise CommandError("Give a text to look for, or an --image", status=Status.USAGE)
     if args.top < 1:
         raise CommandError(f"--top is {args.top}: ask for 1 or more", status=Status.USAGE)
-    if not args.file.is_file():
+    if not args.file.exists():
         problem = f"{args.file}: no such file (`embed --out` writes one)"
         raise CommandError(problem, status=Status.USAGE)
     if args.text is not None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -259,6 +260,11 @@ class Folder:
                 return stream.read()
         except FileNotFoundError:
             return None
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self._system.delete_file(f"{self._path}/{name}")
 
     def part(self, key: str) -> Any | None:  # None: there is no such part
         """Read the part of a shard as a table."""

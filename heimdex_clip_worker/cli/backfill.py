@@ -22,7 +22,7 @@ from ..backfill.parquet import ParquetSink
 from ..backfill.postgres import Database, PostgresSink, QuerySource
 from ..backfill.rows import BackfillError, RowSource, Selection, Sink, UsageError
 from ..backfill.supabase import Bucket
-from . import console
+from . import backfill_ray, console
 from ..client import ClipClient
 from ..errors import ClipInferenceError, SettingsError, redact_urls, without_query
 from ..settings import ClientSettings
@@ -31,10 +31,10 @@ from ..settings import ClientSettings
 from ..backfill.rows import RowError
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = ['add_arguments', 'run', 'status_of']
 
 # %% ../../nbs/13h_backfill.ipynb #number
-def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Make a parser for a finite number from `low` to `high`."""
 
     def parse(text: str) -> Any:
@@ -50,10 +50,12 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
 
 # %% ../../nbs/13h_backfill.ipynb #add-tables
 def _add_tables(group: Any) -> None:
-    group.add_argument("source", nargs="?", type=Path, metavar="FILE",
-        help="a .csv, .tsv, .jsonl or .parquet file with rows (default: the table's)")  # fmt: skip
+    group.add_argument("source", nargs="*", metavar="FILE",
+        help="a .csv, .tsv, .jsonl or .parquet file with rows, or a folder of Parquet files "
+        "(default: the table's); with --engine ray several, and URIs")  # fmt: skip
     group.add_argument("--query", metavar="SQL", help="read rows from a query on the database")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write to a .parquet file")
+    group.add_argument("--out", metavar="FILE",
+        help="write to a .parquet file; with --engine ray to a folder or a URI")  # fmt: skip
     group.add_argument("--table", metavar="NAME",
         help="the table that gets the vectors; with --out, that gives the rows; schema.name is "
         "allowed (default: video_scenes)")  # fmt: skip
@@ -79,28 +81,28 @@ def _add_selection(group: Any) -> None:
         help="also rows that failed before, where a retry can help")  # fmt: skip
     group.add_argument("--reembed", action="store_true",
         help="also vectors of another space or model version")  # fmt: skip
-    group.add_argument("--limit", type=_number(int, 1), metavar="N", help="at most N rows")
+    group.add_argument("--limit", type=number(int, 1), metavar="N", help="at most N rows")
     group.add_argument("--dry-run", action="store_true",
         help="check, count, estimate, show some rows; write nothing")  # fmt: skip
 
 
 def _add_pace(group: Any) -> None:
     usual = backfill_run.Options()
-    group.add_argument("--in-flight", type=_number(int, 1), default=usual.in_flight, metavar="N",
+    group.add_argument("--in-flight", type=number(int, 1), default=usual.in_flight, metavar="N",
         help="most jobs at once (default: %(default)s)")  # fmt: skip
-    group.add_argument("--batch", type=_number(int, 1), default=usual.batch, metavar="N",
+    group.add_argument("--batch", type=number(int, 1), default=usual.batch, metavar="N",
         help="most images in a job (default: %(default)s)")  # fmt: skip
-    group.add_argument("--price-per-second", type=_number(float, 0), metavar="P",
+    group.add_argument("--price-per-second", type=number(float, 0), metavar="P",
         default=usual.price_per_second,
         help="of one worker; cost is worker seconds while jobs are in flight")  # fmt: skip
-    group.add_argument("--workers", type=_number(int, 1), default=usual.workers, metavar="N",
+    group.add_argument("--workers", type=number(int, 1), default=usual.workers, metavar="N",
         help="how many workers that price is paid for (default: %(default)s)")  # fmt: skip
-    group.add_argument("--max-cost", type=_number(float, 0), metavar="C", help="stop there")
-    group.add_argument("--rate", type=_number(float, 0.001), default=100.0, metavar="R",
+    group.add_argument("--max-cost", type=number(float, 0), metavar="C", help="stop there")
+    group.add_argument("--rate", type=number(float, 0.001), default=100.0, metavar="R",
         help="images/s that --dry-run calculates with (default: %(default)s)")  # fmt: skip
-    group.add_argument("--patience", type=_number(float, 0), default=usual.patience_s, metavar="S",
+    group.add_argument("--patience", type=number(float, 0), default=usual.patience_s, metavar="S",
         help="seconds to wait for an endpoint or database (default: %(default)s)")  # fmt: skip
-    group.add_argument("--lease", type=_number(float, 1, PostgresSink.longest_lease_s),
+    group.add_argument("--lease", type=number(float, 1, PostgresSink.longest_lease_s),
         default=120.0, metavar="S",
         help="seconds until a dead process's rows are free (default: %(default)s)")  # fmt: skip
 
@@ -112,6 +114,8 @@ _EPILOG = """examples:
       images of a private Supabase bucket
   heimdex-clip backfill scenes.csv --url-column url --out vectors.parquet
       files; start it again to continue after whatever stopped it
+  heimdex-clip backfill --engine ray --address auto s3://b/scenes --out s3://b/vectors
+      millions of rows, on a Ray cluster
   heimdex-clip backfill --dry-run --price-per-second 0.00031
       how many rows, and about what they will cost
 
@@ -128,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_tables(parser.add_argument_group("from where, and where to"))
     _add_selection(parser.add_argument_group("which rows"))
     _add_pace(parser.add_argument_group("how fast, and for how much"))
+    backfill_ray.add_options(parser.add_argument_group("on a cluster"), number)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 # %% ../../nbs/13h_backfill.ipynb #open-source-and-sink
@@ -137,6 +142,8 @@ def _open_source_and_sink(
     open_database: Callable[[], Database],
 ) -> tuple[RowSource, Sink]:
     """Open what the options name; raise UsageError or BackfillError."""
+    if len(args.source) > 1:
+        raise UsageError("several files: name one, or their folder, or use --engine ray")
     is_own_source = not (args.source or args.query)
     default = "thumbnail_url" if is_own_source else "image_url"
     url = args.path_column or args.url_column or default
@@ -148,11 +155,11 @@ def _open_source_and_sink(
         raise UsageError("a file and --query: rows come from one place")
     source: Any = None
     if args.source:
-        source = FileSource(args.source, **columns)
+        source = FileSource(Path(args.source[0]), **columns)
     elif args.query or args.out:
         source = QuerySource(open_database(), query=args.query or "", table=table, **columns)
     if args.out:
-        return source, ParquetSink(args.out, selection, dry_run=args.dry_run)
+        return source, ParquetSink(Path(args.out), selection, dry_run=args.dry_run)
     if not is_own_source:  # paths are not put into a column for URLs
         named = args.path_column or args.url_column
         choices = [named, None if args.path_column else "thumbnail_url"]
@@ -176,7 +183,7 @@ def _open_bucket(args: argparse.Namespace, settings: ClientSettings) -> Bucket |
     return None
 
 # %% ../../nbs/13h_backfill.ipynb #progress
-def _money(cost: float) -> str:
+def money(cost: float) -> str:
     """Format a cost: with cents, and a small one with its first two digits."""
     if not 0 < cost < 1:
         return f"{cost:,.2f}"
@@ -193,10 +200,10 @@ def _show(progress: console.Progress, meter: backfill_run.Meter, total: int) -> 
         left = f"{(total - count) / rate / 60:,.0f} min left, " if rate else ""
         return (
             f"{count:,} of {total:,} rows, {failed:,} failed, {rate:.1f} images/s, "
-            f"{left}cost {_money(meter.cost())}"
+            f"{left}cost {money(meter.cost())}"
         )
 
-    progress.show(count, f"failed {failed}, cost {_money(meter.cost())}", line)
+    progress.show(count, f"failed {failed}, cost {money(meter.cost())}", line)
 
 # %% ../../nbs/13h_backfill.ipynb #signals
 @contextmanager
@@ -235,15 +242,15 @@ def _stopped_by_signals(
 def _report_dry_run(summary: dict[str, Any]) -> str:
     lines = [
         f"to do      {summary['todo']:,} rows, of which a run would take {summary['rows']:,}",
-        f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {_money(summary['cost'])}",
+        f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {money(summary['cost'])}",
     ]
-    for row in summary["sample"]:
+    for row in summary.get("sample", ()):
         row_id, source = (console.printable(str(row[name])) for name in ("id", "source"))
         lines.append(f"sample     {row_id}  {source}")
     return "\n".join(lines)
 
 
-def _report(summary: dict[str, Any]) -> str:
+def report(summary: dict[str, Any]) -> str:
     """Format a summary as text."""
     if summary["status"] == "dry-run":
         return _report_dry_run(summary)
@@ -256,8 +263,11 @@ def _report(summary: dict[str, Any]) -> str:
         f"done       {summary['done']:,} ({summary['images_per_second']:,.1f} images/s, "
         f"{summary['vector_bytes']:,} bytes of vectors)",
         f"failed     {sum(failed.values()):,}" + (f" ({codes})" if codes else ""),
-        f"cost       {_money(summary['cost'])} ({summary['worker_seconds']:,.1f} worker seconds)",
+        f"cost       {money(summary['cost'])} ({summary['worker_seconds']:,.1f} worker seconds)",
     ]
+    if "shards" in summary:
+        shards = summary["shards"]
+        lines.append(f"shards     {shards['whole']:,} of {shards['total']:,} are whole")
     if summary["lost"]:
         lines.append(f"too late   {summary['lost']:,} (others had taken over these rows)")
     for entry in summary.get("other_spaces", ()):
@@ -295,18 +305,18 @@ def _drive(
         try:
             status = run.drive(lambda meter: _show(progress, meter, total))
         except (BackfillError, ClipInferenceError) as error:
-            return {"status": "failed", "error": _message(error), **run.meter.summary()}
+            return {"status": "failed", "error": message_of(error), **run.meter.summary()}
     space_id = run.space_id or sink.selection.space_id
     stale = backfill_run.other_spaces(sink, space_id, version)
     return {"status": status, **run.meter.summary(), "other_spaces": stale}
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     is_coded = isinstance(error, ClipInferenceError)
     return redact_urls(str(RowError(error.code, str(error)) if is_coded else error))
 
 # %% ../../nbs/13h_backfill.ipynb #backfill
-_DIMS = {  # of CLIP's models, without "-quickgelu"
+DIMS = {  # of CLIP's models, without "-quickgelu"
     "ViT-B-32": 512, "ViT-B-16": 512, "ViT-L-14": 768, "ViT-L-14-336": 768, "ViT-H-14": 1024,
     "ViT-g-14": 1024, "ViT-bigG-14": 1280, "RN50": 1024, "RN101": 512, "RN50x4": 640,
     "RN50x16": 768, "RN50x64": 1024,
@@ -332,8 +342,8 @@ def _backfill(
     status = ""
     try:
         if args.source and next(source.pages(1), None) is None:
-            progress.say(f"{args.source} has no rows")
-        sink.check(source, _DIMS.get(settings.model_name.removesuffix("-quickgelu")))
+            progress.say(f"{args.source[0]} has no rows")
+        sink.check(source, DIMS.get(settings.model_name.removesuffix("-quickgelu")))
         if args.reembed and not selection.space_id:
             space_id = backfill_run.learn_space(source, client, bucket)
             sink.selection = replace(selection, space_id=space_id)
@@ -363,25 +373,42 @@ def _read_options(args: argparse.Namespace, model_version: str) -> backfill_run.
 # %% ../../nbs/13h_backfill.ipynb #run
 def run(args: argparse.Namespace) -> int:
     """Run `heimdex-clip backfill`; return the exit status."""
+    try:
+        backfill_ray.check_options(args)
+    except UsageError as error:
+        console.say(str(error))
+        return console.Status.USAGE
+    if args.engine == "ray":
+        return _finish(args, lambda: backfill_ray.backfill(args, DIMS))
+    return _finish(args, lambda: _run_plain(args))
+
+
+def _run_plain(args: argparse.Namespace) -> dict[str, Any]:
+    """Run a backfill in this process; return its summary; raise what `_backfill` raises."""
     needs_endpoint = not args.dry_run or args.reembed
     overrides = {} if needs_endpoint else {"backend": "off"}
+    settings = ClientSettings.from_env(**overrides)
+    if settings.backend == "off" and needs_endpoint:
+        raise UsageError("CLIP_INFERENCE_BACKEND is off: a backfill needs runpod or local")
+    with ClipClient.from_env(parallel=1, **overrides) as client:
+        progress = console.Progress("img", prefix="[INFO] ", smoothing=0.05)
+        return _backfill(args, client, settings, progress)
+
+
+def _finish(args: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> int:
+    """Do the work, print its summary, and return the exit status."""
     was_at_work = True
     try:
-        settings = ClientSettings.from_env(**overrides)
-        if settings.backend == "off" and needs_endpoint:
-            raise UsageError("CLIP_INFERENCE_BACKEND is off: a backfill needs runpod or local")
-        with ClipClient.from_env(parallel=1, **overrides) as client:
-            progress = console.Progress("img", prefix="[INFO] ", smoothing=0.05)
-            summary = _backfill(args, client, settings, progress)
+        summary = work()
     except (UsageError, SettingsError) as error:
         console.say(str(error))
         return console.Status.USAGE
     except (BackfillError, ClipInferenceError) as error:
-        summary = {"status": "failed", "error": _message(error)}
+        summary = {"status": "failed", "error": message_of(error)}
         was_at_work = not isinstance(error.__cause__, ImportError)
     except KeyboardInterrupt:  # before the first job
         return console.Status.INTERRUPTED
-    print(json.dumps(summary) if args.json else _report(summary))
+    print(json.dumps(summary) if args.json else report(summary))
     if summary["status"] == "failed":
         console.say(summary["error"])
         if was_at_work:
@@ -389,10 +416,10 @@ def run(args: argparse.Namespace) -> int:
         return console.Status.FAILED
     if summary["status"] == "interrupted":
         return console.Status.INTERRUPTED
-    return _status(summary)
+    return status_of(summary)
 
 
-def _status(summary: dict[str, Any]) -> int:
+def status_of(summary: dict[str, Any]) -> int:
     """Choose the exit status of a run that came to its end."""
     if not summary.get("failed"):
         return console.Status.DONE

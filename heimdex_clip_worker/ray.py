@@ -123,7 +123,7 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         return
     options: dict[str, Any] = {"address": cluster.address}
     if cluster.address == "local":
-        environment.set_default("RAY_USAGE_STATS_ENABLED", "0")  # guard: nothing is reported
+        environment.set_default("RAY_USAGE_STATS_ENABLED", "0")  # guard: Ray reports nothing
         options["num_cpus"] = max(math.ceil(cluster.actors * cluster.cpus), 1)
         options |= {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     try:

@@ -88,7 +88,7 @@ class BlockEmbedder:
         finally:
             self.held.clear()
         sizes = {len(vector) // 4 for vector in block.vectors.values()} - {self.dim}
-        if sizes:  # guard: a column of vectors has one length
+        if sizes:
             raise BackfillError(
                 f"the model makes vectors of {max(sizes)} numbers, not {self.dim}: set the length"
             )

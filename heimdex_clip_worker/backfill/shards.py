@@ -52,6 +52,7 @@ def _locate(text: str) -> _Place:
 
 def _named(text: str) -> str:
     """Name a path or a URI without what gives access to it."""
+    # guard: no key of a store in a name
     return without_query(text) if "://" in text else os.path.abspath(text)
 
 # %% ../../nbs/11f_shards.ipynb #find-files
@@ -109,7 +110,7 @@ class Layout:
     def check(self) -> None:
         """Raise UsageError if a kept column would stand beside one of ours."""
         taken = sorted({"id", "vector", *FACTS} & set(self.keep))
-        if taken:  # guard: a part has each column once
+        if taken:  # guard: no kept column replaces ours
             raise UsageError(f"--keep {taken[0]}: each part has a column of that name already")
 
 # %% ../../nbs/11f_shards.ipynb #shard
@@ -134,7 +135,7 @@ class Shard:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/11f_shards.ipynb #plan
-_FOOTERS_AT_ONCE = 16
+_FILE_THREADS = 16
 
 
 def _read_footer(file: _File, layout: Layout) -> tuple[int, bool]:
@@ -162,7 +163,7 @@ def plan(inputs: Sequence[str], layout: Layout) -> tuple[list[Shard], Layout]:
     """
     layout.check()
     files = [file for uri in inputs for file in _files_below(uri)]
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_FILE_THREADS) as pool:
         footers = list(pool.map(partial(_read_footer, layout=layout), files))
     shards = []
     for file, (rows, _) in zip(files, footers, strict=True):
@@ -203,7 +204,8 @@ def _read_batches(shard: Shard, layout: Layout) -> Iterator[Any]:
                     return
     except (pyarrow.ArrowException, OSError) as error:
         raise BackfillError(f"{shard.source} cannot be read as Parquet: {error}") from error
-    raise BackfillError(f"{shard.source} has fewer rows than it had")  # guard: no row is missing
+    # guard: no row is missing
+    raise BackfillError(f"{shard.source} has fewer rows than it had")
 
 
 def _read_rows(batches: Iterable[Any], layout: Layout, embedder: BlockEmbedder) -> Iterator[Row]:
@@ -246,10 +248,11 @@ class Folder:
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        attempt = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
+        hidden = f".{final.name}.{secrets.token_hex(8)}"
+        attempt = final.with_name(hidden)  # guard: parts are whole
         try:
             attempt.write_bytes(data)
-            move_into_place(attempt, final)  # guard: a part is whole or not there
+            move_into_place(attempt, final)
         finally:
             attempt.unlink(missing_ok=True)
 
@@ -283,7 +286,7 @@ class Folder:
         selector = pyarrow.fs.FileSelector(f"{self._path}/{MANIFEST}", allow_not_found=True)
         names = [info.base_name for info in self._system.get_file_info(selector)]
         keys = [name.removesuffix(".json") for name in names if _is_entry(name)]
-        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_FILE_THREADS) as pool:
             found = dict(zip(keys, pool.map(self.entry, keys), strict=True))
         return {key: entry for key, entry in found.items() if entry is not None}
 
@@ -303,8 +306,8 @@ class Folder:
         entries = self.entries()
         sizes = {shard.source: shard.size for shard in shards}
         for entry in entries.values():
+            # guard: inputs stay as they were
             if sizes.get(entry["source"], entry["size"]) != entry["size"]:
-                # guard: a file that was replaced is not embedded a second time
                 raise UsageError(
                     f"{entry['source']} is another file than before: embed it into another folder"
                 )
@@ -401,5 +404,6 @@ def _write_part(
         "run": run, "busy_s": round(busy_s, 3), "seconds": round(time.time() - began, 3),
     }  # fmt: skip
     folder.put(part_name(shard.key), stream.getvalue())
-    folder.put(f"{MANIFEST}/{shard.key}.json", json.dumps(entry).encode())  # guard: last
+    # The entry comes last: with it, the part counts.
+    folder.put(f"{MANIFEST}/{shard.key}.json", json.dumps(entry).encode())
     return entry

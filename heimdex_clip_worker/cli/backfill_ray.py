@@ -241,7 +241,7 @@ def _collect(
             progress.say(entry["problem"])
             continue
         space_id = space_id or entry["space_id"]
-        if entry["space_id"] not in ("", space_id):  # guard: all parts can be compared
+        if entry["space_id"] not in ("", space_id):  # guard: one space for all parts
             raise BackfillError(
                 f"vectors of space {entry['space_id']} come after those of {space_id}: finish the "
                 "deployment, then run this again with --reembed"

@@ -2,10 +2,10 @@
 
 Three figures, each taken in one run on this machine:
 
-- images per second with 1, 2 and 4 actors, where each image takes 3 ms in a stand-in that sleeps, as
-  an accelerator or an endpoint would;
-- the processor time per image of all of Ray's processes, against that of a plain backfill of the same
-  rows to a Parquet file, with a stand-in that takes no time;
+- images per second with 1, 2 and 4 actors, where each image takes 3 ms in a stand-in that sleeps,
+  as an accelerator or an endpoint would;
+- the processor time per image of all of Ray's processes, against that of a plain backfill of the
+  same rows to a Parquet file, with a stand-in that takes no time;
 - the peak memory of an actor for 2,000 and for 20,000 rows.
 
 Nothing is counted before the first shard of a run is done: actors take seconds to start.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import threading
@@ -110,8 +111,10 @@ def peak_of_actors() -> Iterator[list[int]]:
         thread.join()
 
 
-def run_on_ray(source: Path, client: type[StandIn], count: int, shard_rows: int) -> dict[str, float]:
-    """Embed a folder with `count` actors; measure from the first shard that is done to the last."""
+def run_on_ray(
+    source: Path, client: type[StandIn], count: int, shard_rows: int
+) -> dict[str, float]:
+    """Embed a folder with `count` actors; measure from the first shard's end to the last one's."""
     shards, layout = plan([str(source)], Layout(shard_rows=shard_rows))
     with tempfile.TemporaryDirectory() as out:
         Folder(out).settle(layout, shards)
@@ -142,16 +145,17 @@ def run_plain(source: Path) -> dict[str, float]:
 def main() -> None:
     """Take the three figures and print them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=6000, help="of the first figure")
+    parser.add_argument("--rows", type=int, default=10_000, help="of the first figure")
     parser.add_argument("--large", type=int, default=20_000, help="rows of the others")
     args = parser.parse_args()
+    logging.disable(logging.WARNING)
     home = Path(tempfile.mkdtemp())
-    small = write_rows(home / "small", args.rows, 100)
+    small = write_rows(home / "small", args.rows, 500)
     large = write_rows(home / "large", args.large, 1000)
     tenth = write_rows(home / "tenth", args.large // 10, 1000)
     figures: dict[str, Any] = {}
     with local_ray(home):
-        rates = {n: run_on_ray(small, SlowStandIn, n, 100)["rate"] for n in (1, 2, 4)}
+        rates = {n: run_on_ray(small, SlowStandIn, n, 500)["rate"] for n in (1, 2, 4)}
         figures["images/s by actors"] = {n: round(rate) for n, rate in rates.items()}
         figures["of one actor"] = {n: round(rate / rates[1], 2) for n, rate in rates.items()}
         plain, engine = run_plain(large), run_on_ray(large, StandIn, 1, 1000)

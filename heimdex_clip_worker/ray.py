@@ -129,7 +129,7 @@ def _connected(cluster: Cluster) -> Iterator[None]:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BackfillError(f"there is no Ray at {cluster.address}: {error}") from error
+        raise BackfillError(f"no connection to Ray ({cluster.address}): {error}") from error
     try:
         yield
     finally:
@@ -224,8 +224,10 @@ def embed_shards(
 
 
 def _cause(error: BaseException) -> str:
-    """Find the message of the innermost cause."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1]
+    """Find the last line of the innermost message; Ray wraps errors, and prints them whole."""
+    message, inner = type(error).__name__, error
+    while inner is not None:
+        lines = str(inner).strip().splitlines()
+        message = lines[-1] if lines else message
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return message

@@ -40,7 +40,7 @@ def add_options(
         help="plain: this process (default); ray: actors of Ray, from Parquet to a "
         "folder")  # fmt: skip
     add("--address", metavar="A",
-        help="of the Ray cluster, such as auto or ray://host:10001 (default: local, a Ray of its "
+        help="of the Ray cluster, such as auto on a machine of it (default: local, a Ray of its "
         "own)")  # fmt: skip
     add("--actors", type=number(int, 1), metavar="N", help="how many (default: 2)")
     add("--cpus", type=number(float, 0), metavar="N", help="of each actor (default: 1)")
@@ -114,14 +114,12 @@ class _Tally:
 
     def __init__(self, args: argparse.Namespace, dim: int):
         self.args, self.dim, self.began = args, dim, time.monotonic()
-        self.done = self.shards = 0
+        self.done = 0
         self.failed: Counter[str] = Counter()
 
-    def add(self, entry: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    def add(self, entry: Mapping[str, Any], before: int = 0) -> None:
         """Count the rows of a shard, less those that an earlier run has embedded."""
-        before = before or {"done": 0}
-        self.shards += 1
-        self.done += entry["done"] - before["done"]
+        self.done += entry["done"] - before
         self.failed.update(entry["failed"])
 
     def summary(self) -> dict[str, Any]:
@@ -156,10 +154,13 @@ def backfill(args: argparse.Namespace, dims: Mapping[str, int]) -> dict[str, Any
         return _dry_run(args, todo, entries)
     progress, tally = console.Progress("img", prefix="[INFO] ", smoothing=0.05), _Tally(args, dim)
     try:
-        status = _drive(args, todo, layout, entries, known, tally, progress)
+        status = _drive(args, todo, layout, known, progress)
     finally:
         progress.close()
-    entries = folder.entries() if todo else entries
+    before, entries = entries, folder.entries() if todo else entries
+    for shard, mode in todo:
+        if entries.get(shard.key) != before.get(shard.key):
+            tally.add(entries[shard.key], before[shard.key]["done"] if mode == "retry" else 0)
     whole = sum(shard.key in entries for shard in shards)
     counts = {"shards": {"whole": whole, "total": len(shards)}}
     stale = _other_spaces(entries.values(), (space_id or _space_of(entries), known[1]))
@@ -192,9 +193,7 @@ def _drive(
     args: argparse.Namespace,
     todo: list[tuple[Shard, str]],
     layout: Layout,
-    entries: _Entries,  # of the manifest
     known: tuple[str, str],
-    tally: _Tally,
     progress: console.Progress,
 ) -> dict[str, Any]:  # the status, and the error if there is one
     """Embed the chosen shards; raise BackfillError if Ray is not installed."""
@@ -214,7 +213,7 @@ def _drive(
     cluster = engine.Cluster(args.address, args.actors, args.cpus, args.gpus, options)
     results = engine.embed_shards(todo, layout, args.out, cluster)
     try:
-        left_out = _collect(results, entries, known[0], tally, progress)
+        left_out = _collect(results, known[0], progress)
     except BackfillError as error:
         return {"status": "failed", "error": str(error)}
     except KeyboardInterrupt:
@@ -228,13 +227,11 @@ def _drive(
 
 def _collect(
     results: Iterable[Mapping[str, Any]],  # of `embed_shards`
-    entries: _Entries,  # of the manifest
     space_id: str,  # of all vectors; "": that of the first
-    tally: _Tally,
     progress: console.Progress,
 ) -> list[str]:  # why shards were left out
-    """Count the results of shards as they come; raise BackfillError for another space."""
-    left_out, seen = [], 0
+    """Show the results of shards as they come; raise BackfillError for another space."""
+    left_out, seen, failed, began = [], 0, 0, time.monotonic()
     for entry in results:
         if entry["problem"]:
             left_out.append(entry["problem"])
@@ -246,15 +243,8 @@ def _collect(
                 f"vectors of space {entry['space_id']} come after those of {space_id}: finish the "
                 "deployment, then run this again with --reembed"
             )
-        tally.add(entry, entries.get(entry["part"].removeprefix("part-").partition(".")[0]))
-        seen += entry["rows"]
-        _show(progress, tally, seen)
+        seen, failed = seen + entry["rows"], failed + sum(entry["failed"].values())
+        rate = seen / max(time.monotonic() - began, 1e-9)
+        line = f"{seen:,} rows, {failed:,} failed, {rate:.1f} images/s"
+        progress.show(seen, f"failed {failed}", lambda line=line: line)
     return left_out
-
-
-def _show(progress: console.Progress, tally: _Tally, seen: int) -> None:
-    """Show the progress: a bar, or a line if the last one is old enough."""
-    rate = seen / max(time.monotonic() - tally.began, 1e-9)
-    failed = tally.failed.total()
-    line = f"{seen:,} rows, {failed:,} failed, {rate:.1f} images/s"
-    progress.show(seen, f"failed {failed}", lambda: line)

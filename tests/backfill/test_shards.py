@@ -155,13 +155,9 @@ def test_vectors_of_two_spaces_are_not_put_into_one_part(source: Path, tmp_path:
 
 
 def test_vectors_of_two_spaces_are_not_put_into_one_folder() -> None:
-    class Tally:
-        def add(self, *entries: object) -> None:
-            raise AssertionError("counted")
-
-    entry = {"problem": "", "space_id": "6", "part": "part-a.parquet", "rows": 1, "done": 1}
+    entry = {"problem": "", "space_id": "6", "part": "part-a.parquet", "rows": 1, "failed": {}}
     with pytest.raises(BackfillError, match="vectors of space 6 come after those of 5"):
-        backfill_ray._collect([entry], {}, "5", Tally(), Progress("img"))
+        backfill_ray._collect([entry], "5", Progress("img"))
 
 
 def test_the_key_of_a_store_is_written_nowhere() -> None:

@@ -145,6 +145,7 @@ class _ShardTask:
     def __init__(self, layout: Layout, folder: str, run: str, embedder: dict[str, Any]):
         self.layout, self.folder, self.run = layout, Folder(folder), run
         self.problem, self.failures = "", 0
+        self.last = "shard after shard failed: the log of Ray says why"
         try:
             self.blocks = ClipEmbedder(dim=layout.dim, **embedder).blocks
         except (StartError, ClipInferenceError) as error:
@@ -154,8 +155,12 @@ class _ShardTask:
         """Embed the shard that the one row describes; return its entry, or a problem."""
         pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
         (row,) = table.to_pylist()
-        shard, entry, is_fatal = Shard(**json.loads(row["shard"])), {}, bool(self.problem)
+        shard, entry = Shard(**json.loads(row["shard"])), {}
+        if self.failures == _MOST_FAILURES:  # guard: an outage ends the run
+            self.problem = self.last
+        is_fatal = bool(self.problem)
         problem = self.problem or self._begin(shard)
+        self.failures += 1  # until the end, so an error that nothing here expects counts too
         try:
             if not problem:
                 options = {"run": self.run, "mode": row["mode"]}
@@ -163,11 +168,9 @@ class _ShardTask:
                 self.failures = 0
         except ClipInferenceError as error:  # those that may pass are retried inside
             problem, is_fatal = f"{error.code}: {error}", True
-        except BackfillError as error:
-            self.failures += 1
-            if self.failures < _MOST_FAILURES:
-                raise  # guard: Ray repeats the shard
-            problem, is_fatal = str(error), True
+        except (BackfillError, OSError) as error:
+            self.last = str(error)
+            raise  # guard: Ray repeats the shard
         finally:
             self.folder.remove(_attempts(shard))
         columns = {"entry": [json.dumps(entry)], "problem": [problem], "is_fatal": [is_fatal]}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -96,10 +98,10 @@ def write_table(path: Path, ids: Sequence[Any], urls: Sequence[str | None]) -> N
     pyarrow.parquet.write_table(table, path, row_group_size=100)
 
 
-def start_ray(cpus: int, attempts: int = 3) -> None:
+def start_ray(cpus: int, folder: str, attempts: int = 3) -> None:
     """Start Ray on this machine; on a busy one its processes may be late, so try again."""
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
-    options |= {"log_to_driver": False, "logging_level": "error"}
+    options |= {"log_to_driver": False, "logging_level": "error", "_temp_dir": folder}
     for attempt in range(attempts):
         try:
             ray.init(address="local", num_cpus=cpus, **options)
@@ -119,11 +121,13 @@ def local_ray(home: Path, cpus: int = 4, **env: str) -> Iterator[None]:
             patch.delenv(name)
         for name, value in {**plain_env(home), **env, **RAY_ENV}.items():
             patch.setenv(name, value)
-        start_ray(cpus)
+        folder = tempfile.mkdtemp(prefix="ray-")  # a short name: sockets are in it
         try:
+            start_ray(cpus, folder)
             yield
         finally:
             ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

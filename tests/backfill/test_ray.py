@@ -266,7 +266,7 @@ class Away:
         raise ClipInferenceError("no connection", code="UNREACHABLE")
 
 
-def ask(folder: Path, note: int | None = None) -> list[dict[str, Any]]:
+def ask(folder: Path, note: int | None = None, failures: int = 0) -> list[dict[str, Any]]:
     """Let a task embed a shard; with `note`, as many processes have died in it."""
     write_table(folder / "in.parquet", [1], ["https://x/1"])
     (shard,), layout = plan([str(folder / "in.parquet")], Layout())
@@ -274,6 +274,7 @@ def ask(folder: Path, note: int | None = None) -> list[dict[str, Any]]:
     if note is not None:
         out.put(engine._attempts(shard), json.dumps({"run": "r", "count": note}).encode())
     task = engine._ShardTask(layout, out.uri, "r", {"client": Away, "patience_s": 0})
+    task.failures = failures
     row = {"shard": json.dumps(asdict(shard)), "mode": "new"}
     return task(pyarrow.Table.from_pylist([row])).to_pylist()
 
@@ -281,6 +282,11 @@ def ask(folder: Path, note: int | None = None) -> list[dict[str, Any]]:
 def test_a_lost_endpoint_fails_the_task_so_that_ray_repeats_it(tmp_path: Path) -> None:
     with pytest.raises(BackfillError, match="no job has succeeded"):
         ask(tmp_path)
+
+
+def test_an_endpoint_that_stays_away_ends_the_run(tmp_path: Path) -> None:
+    (row,) = ask(tmp_path, failures=3)
+    assert row["is_fatal"] and "shard after shard failed" in row["problem"]
 
 
 def test_a_shard_that_kills_its_processes_is_left_out(tmp_path: Path) -> None:

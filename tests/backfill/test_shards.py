@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import heimdex_clip_worker
 from heimdex_clip_worker.backfill import shards as module
 from heimdex_clip_worker.backfill.blocks import BlockEmbedder, embed_table
 from heimdex_clip_worker.backfill.files import parquet_files
 from heimdex_clip_worker.backfill.rows import BackfillError, UsageError
 from heimdex_clip_worker.backfill.run import Options
 from heimdex_clip_worker.backfill.shards import Folder, Layout, Shard, embed_shard, plan
-from heimdex_clip_worker.cli import backfill_ray
+from heimdex_clip_worker.cli import backfill, backfill_ray
 from heimdex_clip_worker.cli.console import Progress
 
 pytestmark: list[pytest.MarkDecorator] = []
@@ -197,3 +200,21 @@ def test_failed_rows_keep_their_place_when_they_are_retried(source: Path, tmp_pa
     assert [row["vector"] for row in rows_of(tmp_path / "out")] == [[n, 1.0] for n in range(10)]
     names = {path.name for path in (tmp_path / "out" / "_manifest").iterdir()}
     assert names == {f"{shard.key}.json"} and json.loads(json.dumps(entry)) == entry
+
+
+def test_without_ray_the_command_names_the_extra(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "heimdex_clip_worker.ray", raising=False)
+    monkeypatch.delattr(heimdex_clip_worker, "ray", raising=False)
+    parser = argparse.ArgumentParser()
+    backfill.add_arguments(parser)
+    words = ["--engine", "ray", str(source), "--out", str(tmp_path / "out")]
+    assert backfill.run(parser.parse_args(words)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[ERROR] heimdex_clip_worker.ray needs ray (")
+    assert "pip install 'heimdex-clip-worker[ray] @ git+" in line

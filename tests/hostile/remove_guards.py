@@ -350,6 +350,7 @@ RAY = [
     ("the device is Ray's decision", (r' \| \{"CLIP_DEVICE".*', "")),
     ("golden vectors before the first block", SKIP),
     ("Ray reports nothing", SKIP),
+    ("an outage ends the run", NEVER),
     ("Ray repeats the shard", (r"raise", "pass")),
     ("one image does not stop a run for ever", NEVER),
 ]

@@ -46,12 +46,14 @@ setup(
     extras_require={
         "worker": lines("worker_requirements"),
         "backfill": lines("backfill_requirements"),
+        "ray": lines("backfill_requirements") + lines("ray_requirements"),
         "explore": lines("worker_requirements")
         + lines("backfill_requirements")
         + lines("explore_requirements"),
         "dev": lines("worker_requirements")
         + lines("backfill_requirements")
         + lines("explore_requirements")
+        + lines("ray_requirements")
         + lines("check_requirements")
         + lines("dev_requirements"),
     },

@@ -537,6 +537,11 @@ def gpu_variables(env: Mapping[str, str] | None = None) -> list[str]:  # None: t
         shown.append(f"NVIDIA_VISIBLE_DEVICES={visible[:80]}")
     return shown
 
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable that a library reads, unless it is set already."""
+    os.environ.setdefault(name, value)
+
 # %% ../nbs/01_settings.ipynb #environment-table
 def environment_table(
     variables: Mapping[str, Variable] = VARIABLES,  # or CLIENT_VARIABLES, _DEPLOYMENT

@@ -84,7 +84,7 @@ def main() -> None:
     blocks = compile_lock(wanted("requirements", "worker_requirements", "build_requirements"))
     write(image, blocks, "What the image installs.")
     have = {pin(block) for block in blocks} | {plain(block) for block in blocks}
-    dev_keys = ("backfill_requirements", "explore_requirements")
+    dev_keys = ("backfill_requirements", "ray_requirements", "explore_requirements")
     dev_keys += ("check_requirements", "dev_requirements")
     more = compile_lock(wanted(*dev_keys), constraint=image)
     more = [block for block in more if not {pin(block), pin(block).split(" ;")[0]} & have]

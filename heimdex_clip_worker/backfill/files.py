@@ -27,7 +27,7 @@ __all__ = ['FileSource']
 _Cells = tuple[Any, Any] | RowError  # the id and the URL as they stand in the file
 
 
-def _check_columns(path: Path, names: Sequence[str], needed: tuple[str, str]) -> None:
+def check_columns(path: Path, names: Sequence[str], needed: tuple[str, str]) -> None:
     """Raise UsageError unless each needed column is there once."""
     for name in needed:
         count = list(names).count(name)
@@ -94,7 +94,7 @@ def _pick(
         names = [decode(name) or "" for name in names]
     except ValueError as error:
         raise UsageError(f"{path}, {place}, is no header: {error}") from error
-    _check_columns(path, names, needed)
+    check_columns(path, names, needed)
     places = [names.index(name) for name in needed]
     for place, fields in rows:
         if isinstance(fields, str):
@@ -363,7 +363,7 @@ def _is_type(kind: Any, names: Sequence[str]) -> bool:
     return any(getattr(types, f"is_{name}")(kind) for name in names)
 
 
-def _check_types(path: Path, schema: Any, id_column: str, url_column: str) -> None:
+def check_types(path: Path, schema: Any, id_column: str, url_column: str) -> None:
     """Raise UsageError for a column whose type cannot hold ids or URLs."""
     text = (*_TEXT_TYPES, *_BYTE_TYPES, "null")
     allowed = {id_column: ("ids", (*text, *_NUMBER_TYPES)), url_column: ("URLs", text)}
@@ -380,7 +380,7 @@ def _check_types(path: Path, schema: Any, id_column: str, url_column: str) -> No
 _EXACT = {"float16": 1 << 11, "float32": 1 << 24}  # of 64 bits: see `read_row`
 
 
-def _to_cells(column: Any) -> list[Any]:
+def to_cells(column: Any) -> list[Any]:
     """Convert a column of a batch to values of Python."""
     pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
     if _is_type(column.type, ["dictionary"]):
@@ -401,12 +401,33 @@ def _read_parquet(path: Path, id_column: str, url_column: str) -> Iterator[_Cell
     names = (id_column, url_column)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, names)
-            _check_types(path, file.schema_arrow, *names)
+            check_columns(path, file.schema_arrow.names, names)
+            check_types(path, file.schema_arrow, *names)
             for batch in file.iter_batches(1024, columns=list(dict.fromkeys(names))):
-                yield from zip(*(_to_cells(batch.column(name)) for name in names), strict=True)
+                yield from zip(*(to_cells(batch.column(name)) for name in names), strict=True)
     except pyarrow.ArrowException as error:
         raise BackfillError(f"{path} cannot be read as Parquet: {error}") from error
+
+# %% ../../nbs/11a_files.ipynb #parquet-files
+MANIFEST = "_manifest"  # of a folder of parts: a folder with an entry KEY.json for each whole part
+
+
+def part_name(key: str) -> str:
+    """Name the file of a part."""
+    return f"part-{key}.parquet"
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """List the Parquet files of a folder; with a manifest, those that it lists."""
+    if (manifest := folder / MANIFEST).is_dir():  # guard: only whole parts are read
+        return sorted(folder / part_name(entry.stem) for entry in manifest.glob("[0-9a-f]*.json"))
+    found = (path for path in folder.rglob("*") if path.suffix.lower() == ".parquet")
+    shown = (path for path in found if not _is_hidden(path.relative_to(folder)))
+    return sorted(path for path in shown if path.is_file())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 # %% ../../nbs/11a_files.ipynb #file-source
 _READERS = {
@@ -416,16 +437,17 @@ _READERS = {
 
 
 class FileSource:
-    """The rows of a file."""
+    """The rows of a file, or of a folder of Parquet files."""
 
     def __init__(self, path: Path, *, id_column: str = "id", url_column: str = "image_url"):
         self.path, self.columns = path, (id_column, url_column)
-        if path.is_dir():
+        self._files = parquet_files(path) if path.is_dir() else [path]
+        if not self._files:
             advice = "a source is a file of rows; `heimdex-clip embed` reads folders of images"
-            raise UsageError(f"{path} is a folder: {advice}")
-        if path.suffix.lower() not in _READERS:
+            raise UsageError(f"{path} is a folder without Parquet files: {advice}")
+        if path.suffix.lower() not in _READERS and not path.is_dir():
             raise UsageError(f"{path}: a source is a file named {', '.join(_READERS)}")
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(f"there is no file {path}")
         self.same_id: Callable[[int | str], int | str] = lambda row_id: row_id  # the table's rule
 
@@ -437,8 +459,7 @@ class FileSource:
             seen.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
             seen.execute("BEGIN")
             page: list[Row] = []
-            reader = _READERS[self.path.suffix.lower()](self.path, *self.columns)
-            for number, cells in enumerate(reader, 1):
+            for number, cells in enumerate(self._cells(), 1):
                 page.append(_make_row(cells, number, seen, self.same_id))
                 if len(page) == size:
                     yield page
@@ -449,6 +470,10 @@ class FileSource:
             raise BackfillError(f"cannot read {self.path}: {error}") from error
         finally:
             seen.close()
+
+    def _cells(self) -> Iterator[_Cells]:
+        for path in self._files:
+            yield from _READERS[path.suffix.lower()](path, *self.columns)
 
 
 def _make_row(

@@ -43,7 +43,7 @@ def _schema(dim: int, whole_ids: bool, facts: Sequence[str]) -> Any:
     ])
 
 # %% ../../nbs/11aa_parquet.ipynb #pack
-def _pack(vector: Sequence[float]) -> bytes:
+def pack(vector: Sequence[float]) -> bytes:
     """Convert a vector to float32, little-endian."""
     numbers = array.array("f", vector)
     if sys.byteorder == "big":
@@ -70,7 +70,7 @@ def _to_batch(schema: Any, rows: list[tuple[Any, bytes, Mapping[str, Any]]]) -> 
     return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
 
 # %% ../../nbs/11aa_parquet.ipynb #move
-def _move_into_place(part: Path, path: Path) -> None:
+def move_into_place(part: Path, path: Path) -> None:
     """Rename `part` to `path` so that a crash leaves either the old file or the new one."""
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
@@ -108,7 +108,7 @@ class VectorWriter:
         facts: Mapping[str, Any],  # may hold more than the file's columns
     ) -> None:
         """Add a vector; raise ValueError if it has another length than the first one."""
-        packed = vector if isinstance(vector, bytes) else _pack(vector)
+        packed = vector if isinstance(vector, bytes) else pack(vector)
         self._dim = len(packed) // 4 if self._dim is None else self._dim
         if len(packed) != 4 * self._dim:
             raise ValueError(f"a vector of {len(packed) // 4} numbers in a file of {self._dim}")
@@ -137,7 +137,7 @@ class VectorWriter:
             if self._file is not None:
                 self._file.close()
                 if kind is None:
-                    _move_into_place(self._part, self._path)
+                    move_into_place(self._part, self._path)
         finally:
             self._part.unlink(missing_ok=True)
 
@@ -215,7 +215,7 @@ def _write_failures(journal: sqlite3.Connection, path: Path) -> None:
             entry = {"id": row_id, "row": number} | {name: facts[name] for name in FAILURE_FACTS}
             print(json.dumps(entry), file=file)
             is_empty = False
-    _move_into_place(part, path)
+    move_into_place(part, path)
     if is_empty:
         path.unlink()
 
@@ -244,7 +244,7 @@ def _read_vectors(journal: sqlite3.Connection, path: Path) -> None:
 def _to_entry(row: dict[str, Any]) -> tuple[str, bool, str, bytes]:
     facts = {name: row[name] for name in SUCCESS_FACTS}
     facts["embedded_at"] = row["embedded_at"].strftime(TIME_FORMAT)
-    return str(row["id"]), isinstance(row["id"], int), json.dumps(facts), _pack(row["vector"])
+    return str(row["id"]), isinstance(row["id"], int), json.dumps(facts), pack(row["vector"])
 
 # %% ../../nbs/11aa_parquet.ipynb #read-failures
 def _read_failures(journal: sqlite3.Connection, path: Path) -> None:
@@ -315,7 +315,7 @@ class ParquetSink(Sink):
                 if result.vector is None:
                     journal.execute(_SET_FAILURE, entry)
                 else:
-                    journal.execute(_SET_VECTOR, (*entry, _pack(result.vector)))
+                    journal.execute(_SET_VECTOR, (*entry, pack(result.vector)))
         return results
 
     def reject(self, results: list[RowResult]) -> None:

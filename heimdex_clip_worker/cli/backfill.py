@@ -23,7 +23,7 @@ from ..backfill.parquet import ParquetSink
 from ..backfill.postgres import Database, PostgresSink, QuerySource
 from ..backfill.rows import BackfillError, RowSource, Selection, Sink, UsageError
 from ..backfill.supabase import Bucket
-from . import console
+from . import backfill_ray, console
 from ..client import ClipClient
 from ..errors import ClipInferenceError, SettingsError, redact_urls, without_query
 from ..settings import ClientSettings
@@ -32,7 +32,7 @@ from ..settings import ClientSettings
 from ..backfill.rows import RowError
 
 # %% auto #0
-__all__ = ['number', 'add_columns', 'add_pace', 'add_arguments', 'open_bucket', 'run']
+__all__ = ['number', 'add_columns', 'add_pace', 'add_arguments', 'open_bucket', 'run', 'run_here', 'status_of']
 
 # %% ../../nbs/13h_backfill.ipynb #number
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -51,10 +51,12 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 # %% ../../nbs/13h_backfill.ipynb #add-tables
 def _add_tables(group: Any) -> None:
-    group.add_argument("source", nargs="?", type=Path, metavar="FILE",
-        help="a .csv, .tsv, .jsonl or .parquet file with rows (default: the table's)")  # fmt: skip
+    group.add_argument("source", nargs="*", metavar="FILE",
+        help="a .csv, .tsv, .jsonl or .parquet file with rows, or a folder of Parquet files "
+        "(default: the table's); with --engine ray several, and URIs")  # fmt: skip
     group.add_argument("--query", metavar="SQL", help="read rows from a query on the database")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write to a .parquet file")
+    group.add_argument("--out", metavar="FILE",
+        help="write to a .parquet file; with --engine ray to a folder or a URI")  # fmt: skip
     group.add_argument("--table", metavar="NAME",
         help="the table that gets the vectors; with --out, that gives the rows; schema.name is "
         "allowed (default: video_scenes)")  # fmt: skip
@@ -119,6 +121,8 @@ _EPILOG = """examples:
       images of a private Supabase bucket
   heimdex-clip backfill scenes.csv --url-column url --out vectors.parquet
       files; start it again to continue after whatever stopped it
+  heimdex-clip backfill --engine ray --address auto s3://b/scenes --out s3://b/vectors
+      millions of rows, on a Ray cluster
   heimdex-clip backfill --dry-run --price-per-second 0.00031
       how many rows, and about what they will cost
 
@@ -135,6 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_tables(parser.add_argument_group("from where, and where to"))
     _add_selection(parser.add_argument_group("which rows"))
     add_pace(parser.add_argument_group("how fast, and for how much"))
+    backfill_ray.add_options(parser.add_argument_group("on a cluster"), number)
     parser.set_defaults(follows=False, poll=None, retries=0)  # see `heimdex-clip sync`
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
@@ -150,6 +155,8 @@ def _open_source_and_sink(
     open_database: Callable[[], Database],
 ) -> tuple[RowSource, Sink]:
     """Open what the options name; raise UsageError or BackfillError."""
+    if len(args.source) > 1:
+        raise UsageError("several files: name one, or their folder, or use --engine ray")
     is_own_source = not (args.source or args.query)
     default = "thumbnail_url" if is_own_source else "image_url"
     url = args.path_column or args.url_column or default
@@ -161,11 +168,11 @@ def _open_source_and_sink(
         raise UsageError("a file and --query: rows come from one place")
     source: Any = None
     if args.source:
-        source = FileSource(args.source, **columns)
+        source = FileSource(Path(args.source[0]), **columns)
     elif args.query or args.out:
         source = QuerySource(open_database(), query=args.query or "", table=table, **columns)
     if args.out:
-        return source, ParquetSink(args.out, selection, dry_run=args.dry_run)
+        return source, ParquetSink(Path(args.out), selection, dry_run=args.dry_run)
     if not is_own_source:  # paths are not put into a column for URLs
         named = args.path_column or args.url_column
         choices = [named, None if args.path_column else "thumbnail_url"]
@@ -193,7 +200,7 @@ def open_bucket(
     return None
 
 # %% ../../nbs/13h_backfill.ipynb #progress
-def _money(cost: float) -> str:
+def money(cost: float) -> str:
     """Format a cost: with cents, and a small one with its first two digits."""
     if not 0 < cost < 1:
         return f"{cost:,.2f}"
@@ -208,7 +215,7 @@ def _show(
     """Show the progress of a run: a bar, or a line if the last one is old enough."""
     failed = meter.failed.total()
     count = meter.done + failed
-    cost = _money(meter.cost())
+    cost = money(meter.cost())
 
     def line_of_many() -> str:
         meter.shown = count
@@ -267,15 +274,15 @@ def _stopped_by_signals(
 def _report_dry_run(summary: dict[str, Any]) -> str:
     lines = [
         f"to do      {summary['todo']:,} rows, of which a run would take {summary['rows']:,}",
-        f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {_money(summary['cost'])}",
+        f"at {summary['rate']:g}/s  {summary['seconds']:,.0f} s, cost {money(summary['cost'])}",
     ]
-    for row in summary["sample"]:
+    for row in summary.get("sample", ()):
         row_id, source = (console.printable(str(row[name])) for name in ("id", "source"))
         lines.append(f"sample     {row_id}  {source}")
     return "\n".join(lines)
 
 
-def _report(summary: dict[str, Any]) -> str:
+def report(summary: dict[str, Any]) -> str:
     """Format a summary as text."""
     if summary["status"] == "dry-run":
         return _report_dry_run(summary)
@@ -288,8 +295,11 @@ def _report(summary: dict[str, Any]) -> str:
         f"done       {summary['done']:,} ({summary['images_per_second']:,.1f} images/s, "
         f"{summary['vector_bytes']:,} bytes of vectors)",
         f"failed     {sum(failed.values()):,}" + (f" ({codes})" if codes else ""),
-        f"cost       {_money(summary['cost'])} ({summary['worker_seconds']:,.1f} worker seconds)",
+        f"cost       {money(summary['cost'])} ({summary['worker_seconds']:,.1f} worker seconds)",
     ]
+    if "shards" in summary:
+        shards = summary["shards"]
+        lines.append(f"shards     {shards['whole']:,} of {shards['total']:,} are whole")
     if summary["lost"]:
         lines.append(f"too late   {summary['lost']:,} (others had them, or their images changed)")
     for entry in summary.get("other_spaces", ()):
@@ -327,16 +337,16 @@ def _drive(
         try:
             status = run.drive(lambda meter: _show(progress, meter, total))
         except (BackfillError, ClipInferenceError) as error:
-            return {"status": "failed", "error": _message(error), **run.meter.summary()}
+            return {"status": "failed", "error": message_of(error), **run.meter.summary()}
     return {"status": status, **run.meter.summary()}
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     is_coded = isinstance(error, ClipInferenceError)
     return redact_urls(str(RowError(error.code, str(error)) if is_coded else error))
 
 # %% ../../nbs/13h_backfill.ipynb #backfill
-_DIMS = {  # of CLIP's models, without "-quickgelu"
+DIMS = {  # of CLIP's models, without "-quickgelu"
     "ViT-B-32": 512, "ViT-B-16": 512, "ViT-L-14": 768, "ViT-L-14-336": 768, "ViT-H-14": 1024,
     "ViT-g-14": 1024, "ViT-bigG-14": 1280, "RN50": 1024, "RN101": 512, "RN50x4": 640,
     "RN50x16": 768, "RN50x64": 1024,
@@ -371,8 +381,8 @@ def _backfill(
     status = ""
     try:
         if args.source and next(source.pages(1), None) is None:
-            progress.say(f"{args.source} has no rows")
-        sink.check(source, _DIMS.get(settings.model_name.removesuffix("-quickgelu")))
+            progress.say(f"{args.source[0]} has no rows")
+        sink.check(source, DIMS.get(settings.model_name.removesuffix("-quickgelu")))
         if args.reembed and not selection.space_id:
             space_id = backfill_run.learn_space(source, client, bucket)
             sink.selection = replace(selection, space_id=space_id)
@@ -420,27 +430,49 @@ def _read_options(args: argparse.Namespace, model_version: str) -> backfill_run.
     )  # fmt: skip
 
 # %% ../../nbs/13h_backfill.ipynb #run
-def run(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
-    """Run `heimdex-clip backfill`, or `sync`; return the exit status."""
+def run(args: argparse.Namespace) -> int:
+    """Run `heimdex-clip backfill`; return the exit status."""
+    try:
+        backfill_ray.check_options(args)
+    except UsageError as error:
+        console.say(str(error))
+        return console.Status.USAGE
+    if args.engine == "ray":
+        return _finish(args, lambda: backfill_ray.backfill(args, DIMS))
+    return run_here(args)
+
+
+def run_here(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
+    """Run a backfill in this process, or `sync`; return the exit status."""
+    return _finish(args, lambda: _run_plain(args, follow))
+
+
+def _run_plain(args: argparse.Namespace, follow: _Follow) -> dict[str, Any]:
+    """Run a backfill in this process; return its summary; raise what `_backfill` raises."""
     needs_endpoint = not args.dry_run or args.reembed
     overrides = {} if needs_endpoint else {"backend": "off"}
+    settings = ClientSettings.from_env(**overrides)
+    if settings.backend == "off" and needs_endpoint:
+        raise UsageError("CLIP_INFERENCE_BACKEND is off: a backfill needs runpod or local")
+    with ClipClient.from_env(parallel=1, **overrides) as client:
+        progress = console.Progress("img", prefix="[INFO] ", smoothing=0.05)
+        return _backfill(args, client, settings, progress, follow)
+
+
+def _finish(args: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> int:
+    """Do the work, print its summary, and return the exit status."""
     was_at_work = True
     try:
-        settings = ClientSettings.from_env(**overrides)
-        if settings.backend == "off" and needs_endpoint:
-            raise UsageError("CLIP_INFERENCE_BACKEND is off: a backfill needs runpod or local")
-        with ClipClient.from_env(parallel=1, **overrides) as client:
-            progress = console.Progress("img", prefix="[INFO] ", smoothing=0.05)
-            summary = _backfill(args, client, settings, progress, follow)
+        summary = work()
     except (UsageError, SettingsError) as error:
         console.say(str(error))
         return console.Status.USAGE
     except (BackfillError, ClipInferenceError) as error:
-        summary = {"status": "failed", "error": _message(error)}
+        summary = {"status": "failed", "error": message_of(error)}
         was_at_work = not isinstance(error.__cause__, ImportError)
     except KeyboardInterrupt:  # before the first job
         return console.Status.INTERRUPTED
-    print(json.dumps(summary) if args.json else _report(summary))
+    print(json.dumps(summary) if args.json else report(summary))
     if summary["status"] == "failed":
         console.say(summary["error"])
         if was_at_work:
@@ -450,10 +482,10 @@ def run(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
         return console.Status.DONE
     if summary["status"] == "interrupted":
         return console.Status.INTERRUPTED
-    return _status(summary)
+    return status_of(summary)
 
 
-def _status(summary: dict[str, Any]) -> int:
+def status_of(summary: dict[str, Any]) -> int:
     """Choose the exit status of a run that came to its end."""
     if not summary.get("failed"):
         return console.Status.DONE

@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("text", metavar="TEXT", nargs="?", help="what to look for")
     add("--image", metavar="FILE|URL", help="look for images like this one instead")
-    add("--in", metavar="FILE", dest="file", type=Path, help="search a Parquet file with vectors")
+    add("--in", metavar="FILE", dest="file", type=Path,
+        help="search a Parquet file with vectors, or a folder of such files")  # fmt: skip
     add("--top", metavar="N", type=int, default=5, help="how many (%(default)s)")
     add("--show", metavar="COLUMN", action="append", default=[], help="show it too (repeatable)")
     add_backend(parser)
@@ -108,7 +109,7 @@ def _check_file(args: argparse.Namespace) -> None:
         if getattr(args, name):
             problem = f"--{name.replace('_', '-')} is for a --database, and --in names a file"
             raise CommandError(problem, status=Status.USAGE)
-    if not args.file.is_file():
+    if not args.file.exists():
         problem = f"{args.file}: no such file (`embed --out` writes one)"
         raise CommandError(problem, status=Status.USAGE)
 

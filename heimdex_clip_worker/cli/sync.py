@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first plan an attempt, now, for all failures that may pass")  # fmt: skip
     backfill.add_pace(parser.add_argument_group("how fast, and for how much"))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(follows=True, source=None, query=None, out=None, limit=None,
+    parser.set_defaults(follows=True, source=[], query=None, out=None, limit=None,
         retry_failed=False, reembed=False, dry_run=False)  # fmt: skip
 
 # %% ../../nbs/13l_sync.ipynb #open-sink
@@ -148,4 +148,4 @@ def run(args: argparse.Namespace) -> int:
         return _install(args)
     if args.once:
         args.poll = None
-    return backfill.run(args, _follow(args))
+    return backfill.run_here(args, _follow(args))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backfill.files import parquet_files
 from ..backfill.parquet import VectorWriter
 from .console import CommandError, Status, needs
 
@@ -78,32 +79,42 @@ Block = tuple[list[Any], "numpy.ndarray", set[str]]  # n names, (n, dim) float32
 
 
 def blocks(
-    path: Path,
+    path: Path,  # a file, or a folder of files
     show: Sequence[str] = (),  # further columns
 ) -> Iterator[Block]:  # a name is an id, or with `show` a tuple of an id and these columns' values
-    """Yield the vectors of a file; raise CommandError."""
+    """Yield the vectors of a file or a folder; raise CommandError."""
     with needs("backfill", "A file of vectors"):
-        import numpy as np
+        import numpy  # noqa: F401
         import pyarrow as pa
-        from pyarrow import parquet
+        import pyarrow.parquet  # noqa: F401
     try:
-        with parquet.ParquetFile(path) as file:
-            names = _column_names(file.schema_arrow)
-            _check_shown(show, file.schema_arrow.names)
-            columns = list(dict.fromkeys([*names, *show]))
-            for batch in file.iter_batches(_READ_ROWS, columns=columns):
-                batch = batch.filter(batch.column(names[1]).is_valid())
-                ids, vectors, spaces = (batch.column(name) for name in names)
-                if batch.num_rows:
-                    flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                    matrix = flat.reshape(batch.num_rows, -1)
-                    texts = [str(i) for i in ids.to_pylist()]
-                    shown = [batch.column(name).to_pylist() for name in show]
-                    rows = list(zip(texts, *shown, strict=True)) if show else texts
-                    yield rows, matrix, _spaces(spaces.to_pylist())
+        if path.is_dir() and not parquet_files(path):
+            raise ValueError("the folder has no Parquet files, or none of its parts is whole")
+        for file in parquet_files(path) if path.is_dir() else [path]:
+            yield from _file_blocks(file, show)
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CommandError(f"{path} cannot be read as vectors: {reason}") from error
+
+
+def _file_blocks(path: Path, show: Sequence[str]) -> Iterator[Block]:
+    import numpy as np
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        names = _column_names(file.schema_arrow)
+        _check_shown(show, file.schema_arrow.names)
+        columns = list(dict.fromkeys([*names, *show]))
+        for batch in file.iter_batches(_READ_ROWS, columns=columns):
+            batch = batch.filter(batch.column(names[1]).is_valid())
+            ids, vectors, spaces = (batch.column(name) for name in names)
+            if batch.num_rows:
+                flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                matrix = flat.reshape(batch.num_rows, -1)
+                texts = [str(i) for i in ids.to_pylist()]
+                shown = [batch.column(name).to_pylist() for name in show]
+                rows = list(zip(texts, *shown, strict=True)) if show else texts
+                yield rows, matrix, _spaces(spaces.to_pylist())
 
 
 def _check_shown(show: Sequence[str], columns: list[str]) -> None:

@@ -19,7 +19,7 @@ from .endpoint import Call, Signer, output_of
 from ..settings import ClientSettings, Settings, worker_environment
 
 # %% auto #0
-__all__ = ['worker_settings', 'check_settings', 'read_file', 'file_name', 'LocalBackend']
+__all__ = ['worker_settings', 'read_file', 'LocalBackend']
 
 # %% ../../nbs/10a_local.ipynb #worker-settings
 def worker_settings(
@@ -84,6 +84,28 @@ def _accept_files(fetcher: Any) -> None:  # the pipeline's
 
     fetcher.fetch = fetch
 
+# %% ../../nbs/10a_local.ipynb #accept-held
+def _accept_held(fetcher: Any) -> dict[str, bytes]:  # the pipeline's -> images by name
+    """Let a worker's fetcher take images from a dictionary as well."""
+    download: Callable[[str], Awaitable[bytes]] = fetcher.fetch
+    held: dict[str, bytes] = {}
+
+    async def fetch(url: str) -> bytes:
+        data = held.get(url)
+        if data is None:
+            return await download(url)
+        if len(data) > (most := fetcher.limits.max_bytes):  # guard: held bytes have the limit too
+            raise errors.ImageTooLarge(f"more than {most:,} bytes (MAX_IMAGE_SIZE_BYTES)")
+        return data
+
+    fetcher.fetch = fetch
+    return held
+
+
+def new_name() -> str:
+    """Make a name for an image that this process holds."""
+    return f"held:{secrets.token_hex(16)}"
+
 # %% ../../nbs/10a_local.ipynb #loop-thread
 def _closed() -> errors.ClipInferenceError:
     return errors.ClipInferenceError("The client is closed", code="CLOSED")
@@ -143,6 +165,7 @@ class LocalBackend:
     def __init__(self, settings: Settings, *, with_files: bool = False):
         """Load the model; `with_files` accepts the `file_name` of a path as `image_url`."""
         self.worker, self._pipeline = _load_worker(settings, with_files)
+        self.held = _accept_held(self._pipeline.fetcher)  # images by name, see `new_name`
         secret = settings.hmac_secret or ""  # `worker_settings` has set it
         self._signer = Signer("v1", secret, settings.auth_audience)
         self._loop = _LoopThread(self._pipeline.close)
@@ -168,6 +191,11 @@ class LocalBackend:
         """The number of jobs in flight that keeps the model busy: two full batches."""
         max_batch: int = self._pipeline.images.max_batch
         return 2 * max_batch
+
+    def warm_up(self) -> None:
+        """Compare the model with its golden vectors; raise InferenceFailed or ModelError."""
+        embedder = self._pipeline.embedder
+        self._loop.start(self._pipeline.warm_up(embedder.warm_up)).result()
 
     def check(self) -> None:
         """Do nothing: a backend that is loaded can be used."""

@@ -403,5 +403,5 @@ def test_a_null_character_in_a_url_costs_its_row(tmp_path: Path) -> None:
 
 
 def test_a_folder_as_a_source_names_the_command_for_folders(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is a folder: .*heimdex-clip embed"):
+    with pytest.raises(UsageError, match="is a folder without Parquet files: .*heimdex-clip embed"):
         FileSource(tmp_path)

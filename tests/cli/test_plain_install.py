@@ -66,6 +66,7 @@ CASES = {  # the command's words -> status, and a line on stderr
     "search cat --database postgresql://127.0.0.1:9/x": (1, BACKFILL),
     "migrate --to x --database postgresql://127.0.0.1:9/x": (1, BACKFILL),
     "index check --database postgresql://127.0.0.1:9/x": (1, BACKFILL),
+    "backfill --engine ray rows.parquet --out vectors": (1, BACKFILL),
     "sign https://host/1.jpg": (0, r"\[INFO\] Signed, version 1: .*"),
     "deploy --image ghcr.io/a/b:1 --dry-run": (0, ""),
     "undeploy --dry-run": (0, ""),

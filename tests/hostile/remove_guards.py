@@ -40,6 +40,8 @@ FILES = {
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
     "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
+    "blocks": "backfill/blocks.py", "shards": "backfill/shards.py",
+    "ray": "ray.py", "backfill_ray": "cli/backfill_ray.py", "local": "remote/local.py",
     "endpoint": "remote/endpoint.py",
     "settings": "settings.py", "process": "serving/process.py",
     "client": "client.py", "deploy": "cli/deploy.py",
@@ -76,7 +78,12 @@ TESTS = {
     "golden": [f"{HOSTILE}/test_selftest_rows.py"],
     "weights": ["tests/model/test_bake.py"],
     "rows": ["tests/backfill/test_files.py"],
-    "files": ["tests/backfill/test_files.py"],
+    "files": ["tests/backfill/test_files.py", "tests/backfill/test_shards.py"],
+    "blocks": ["tests/backfill/test_shards.py"],
+    "shards": ["tests/backfill/test_shards.py"],
+    "ray": ["tests/backfill/test_ray.py"],
+    "backfill_ray": ["tests/backfill/test_shards.py"],
+    "local": ["tests/backfill/test_ray.py"],
     "postgres": ["tests/backfill/test_table.py"],
     "triggers": ["tests/backfill/test_table.py"],
     "endpoint": ["tests/test_client.py"],
@@ -348,6 +355,36 @@ FILES_OF_ROWS = [
     ("columns can hold ids and URLs", NEVER),
     ("bytes are decoded cell by cell", NEVER),
     ("small floats are exact", NEVER),
+    ("only whole parts are read", NEVER),
+]
+BLOCKS = [
+    ("an image is bytes", NEVER),
+    ("no column of the caller is replaced", NEVER),
+]
+SHARDS = [
+    ("no key of a store in a name", (r"without_query\(text\)", "text")),
+    ("no kept column replaces ours", NEVER),
+    ("a file is there once", NEVER),
+    ("no row is missing", (r"raise .*", "return")),
+    ("parts are whole", (r"= final.*", "= final")),
+    ("all parts are one table", NEVER),
+    ("inputs stay as they were", NEVER),
+    ("a whole shard is not repeated", NEVER),
+    ("the vectors of a part can be compared", NEVER),
+]
+RAY = [
+    ("the device is Ray's decision", (r' \| \{"CLIP_DEVICE".*', "")),
+    ("golden vectors before the first block", SKIP),
+    ("Ray reports nothing", SKIP),
+    ("an outage ends the run", NEVER),
+    ("Ray repeats the shard", (r"raise", "pass")),
+    ("one image does not stop a run for ever", NEVER),
+]
+BACKFILL_RAY = [
+    ("one space for all parts", NEVER),
+]
+LOCAL = [
+    ("held bytes have the limit too", NEVER),
 ]
 POSTGRES = [
     ("a result is of its picture", (r"_IS_SAME_URL if has_url else ", "")),
@@ -437,6 +474,11 @@ GUARDS = [
         ("files", FILES_OF_ROWS),
         ("postgres", POSTGRES),
         ("triggers", TRIGGERS),
+        ("blocks", BLOCKS),
+        ("shards", SHARDS),
+        ("ray", RAY),
+        ("backfill_ray", BACKFILL_RAY),
+        ("local", LOCAL),
         ("endpoint", ENDPOINT),
         ("settings", SETTINGS),
         ("process", PROCESS),

@@ -215,6 +215,8 @@ def test_the_basic_modules_import_only_the_standard_library(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_every_imported_package_is_declared(path: Path) -> None:
     keys = ("requirements", "worker_requirements", "backfill_requirements")
+    if name_of(path) == "ray":
+        keys += ("ray_requirements",)
     if name_of(path).startswith("explore.") or name_of(path) == "cli.index":  # --plot
         keys += ("explore_requirements",)
     lines = "\n".join(config()[key] for key in keys).splitlines()

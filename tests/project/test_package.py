@@ -107,6 +107,15 @@ def test_a_pin_with_extras_has_one_without_them() -> None:
     assert {"psycopg", "fastapi"} <= plain
 
 
+def test_neither_the_image_nor_the_quick_check_has_ray() -> None:
+    of_ray = {normal(want.name) for want in wanted("ray_requirements")}
+    assert of_ray == {"ray"} <= {normal(pin.name) for pin in pins(LOCKS["dev"])}
+    for path in (LOCKS["worker"], CHECK):
+        assert not {normal(pin.name) for pin in pins(path)} & {"ray", "pandas", "msgpack"}
+    others = wanted("requirements", "worker_requirements", "backfill_requirements")
+    assert "ray" not in {want.name for want in others}
+
+
 def test_torch_and_torchvision_belong_together() -> None:
     found = {r.name: str(r.specifier) for r in wanted("worker_requirements")}
     assert (found["torch"], found["torchvision"]) == ("==2.10.0", "==0.25.0")
@@ -151,7 +160,8 @@ def test_a_plain_install_has_only_what_a_caller_needs(wheel: zipfile.ZipFile) ->
     needs = [Requirement(line) for line in fields.get_all("Requires-Dist", [])]
     plain = {r.name for r in needs if r.marker is None}
     assert plain == {"requests", "urllib3"}
-    assert set(fields.get_all("Provides-Extra", [])) == {"worker", "backfill", "explore", "dev"}
+    extras = {"worker", "backfill", "ray", "explore", "dev"}
+    assert set(fields.get_all("Provides-Extra", [])) == extras
     assert (fields["Requires-Python"], fields["License"]) == (">=3.10", "Apache-2.0")
 
 

@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import psycopg
-from backfill_rig import LEASE_S, Rig, is_missing, is_vector_of, rig
+from backfill_rig import LEASE_S, Rig, is_missing, is_vector_of, output_of, rig
 from local_worker import plain_env
 
 from heimdex_clip_worker.backfill.postgres import Database, PostgresSink
@@ -280,6 +280,7 @@ def kill_under_load(
         began = time.monotonic()
         wait_until(lambda: left(world, name) == 0, 240, "nothing left")
         seconds = time.monotonic() - began
+        wait_until(lambda: all("in step" in output_of(one) for one in processes), 90, "two starts")
         for process in processes:
             process.terminate()
         statuses = [process.wait(60) for process in processes]

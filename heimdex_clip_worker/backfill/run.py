@@ -361,6 +361,7 @@ class Run:
             elif isinstance(claim, _Wait):
                 self._is_between_passes = True
                 self._pause(claim, time.monotonic() - began)
+                return  # jobs are sent and leases renewed before the next pass
             else:
                 self._waits = 0
                 self._rows.extend(row for row in claim if not row.error)

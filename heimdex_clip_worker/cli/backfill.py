@@ -330,10 +330,12 @@ def _dry_run(args: argparse.Namespace, source: RowSource, sink: Sink) -> dict[st
 
 # %% ../../nbs/13h_backfill.ipynb #drive
 def _drive(
-    run: backfill_run.Run, sink: Sink, progress: console.Progress, total: int | None
+    run: backfill_run.Run, sink: Sink, progress: console.Progress, total: int | None = None
 ) -> dict[str, Any]:
     """Run to the end; return the summary."""
     with _stopped_by_signals(run, sink, progress.say):
+        if total is None:
+            progress.say("keeping the table in step, until SIGTERM or Ctrl-C")
         try:
             status = run.drive(lambda meter: _show(progress, meter, total))
         except (BackfillError, ClipInferenceError) as error:

@@ -127,8 +127,6 @@ def _follow(
     ) -> Iterator[threading.Event | None]:
         if args.replans:
             say(f"{sink.plan_failures():,} failures are tried again")
-        if args.poll is not None:
-            say(f"keeping {sink.quoted_table} in step, until SIGTERM or Ctrl-C")
         if args.poll is None or args.no_notify:
             yield None
             return

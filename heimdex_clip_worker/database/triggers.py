@@ -167,6 +167,7 @@ class Triggers:
                 connection.execute("SET statement_timeout = 0")  # of the role; an index takes long
                 for statement in statements:
                     connection.execute(statement)
+                connection.execute("RESET statement_timeout")  # a pooler keeps the session
         except psycopg.Error as error:
             reason = redact_urls(str(error).splitlines()[0])
             raise BackfillError(f"the database refuses: {reason}") from error

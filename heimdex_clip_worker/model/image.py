@@ -361,7 +361,8 @@ class Embedder:
 def _unless_lost(error: Exception, device: str | torch.device, consequence: str) -> None:
     """Log what a failure means for the speed; raise InferenceFailed if the device is lost."""
     failed = _inference_failed(error, device)
-    if failed.fatal:  # guard: a device that is lost at the start is told
+    is_capture = "captur" in str(error).lower() and _computes(torch.device(device))
+    if failed.fatal and not is_capture:  # guard: a device that is lost at the start is told
         raise failed from error
     _log.warning("%s: %s", consequence, failed.detail)
 

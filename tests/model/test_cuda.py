@@ -169,7 +169,10 @@ def test_a_lost_device_is_fatal(warm) -> None:
     assert caught.value.fatal
 
 
-@pytest.mark.parametrize("text", ["CUDA out of memory", "operation not permitted when capturing"])
+CAPTURE = "CUDA error: operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory", CAPTURE])
 def test_what_cannot_be_recorded_is_run_as_it_is(text: str, monkeypatch, caplog) -> None:
     embedder = make()
 

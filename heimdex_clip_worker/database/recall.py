@@ -581,15 +581,13 @@ def measure(
         below = _below(report["groups"], goal)
         trials, other = [], _compare_half(session, queries)
         other |= _compare_generic(session, queries, settings)
+        worst = next((query for name in below for query in queries if query.value == name), None)
+        other |= {"reads_all": session.reads_all(worst)} if worst else {}
         if below and report["indexes"]:
             first = report["indexes"][0]
             trials = _try_settings(session, queries, settings, first, goal, show)
-        worst = [name for name in below if name in facts["values"]]
-        if worst:
-            query = next(query for query in queries if query.value == worst[0])
-            other["reads_all"] = session.reads_all(query)
         if tries_indexes and worst:
-            other |= _try_partial(database, session, queries, settings, worst[0])
+            other |= _try_partial(database, session, queries, settings, worst.group)
         report |= {"goal": goal, "k": search.k, "below_goal": below, "trials": trials}
         report |= {"best": _best(trials), "other": other, "ms": _typical_ms(report["groups"])}
         return report | {"sql": advise(report, search)}

@@ -3,7 +3,8 @@
     python tests/index_goals.py [--rows 100000] [--dim 512] [--memory 512MB] [--interrupts 3]
 
 The tables are those of the product: scenes of videos, videos of owners, a search function that
-joins and filters after the index, pgvector in the schema `extensions`, a role without superuser.
+joins and filters after the index, pgvector in the schema `extensions`, a role without superuser. At
+first there is no index that leads from an owner to its scenes; later there is, for comparison.
 The vectors are clustered (a normal distribution around each of 200 centres, unit length). One owner
 has 1 % of the videos, spread over all clusters; ten others share the rest. Prints the figures as
 JSON, and exits with 1 if a goal is missed.
@@ -40,8 +41,6 @@ SET ROLE app;
 CREATE TABLE videos (id uuid PRIMARY KEY, owner_id uuid NOT NULL);
 CREATE TABLE video_scenes (id uuid PRIMARY KEY, video_id uuid NOT NULL REFERENCES videos,
     thumbnail_url text, visual_clip_metadata jsonb, embedding_visual_clip extensions.vector({dim}));
-CREATE INDEX ON videos (owner_id);
-CREATE INDEX ON video_scenes (video_id);
 CREATE FUNCTION search_scenes(query_embedding extensions.vector, match_threshold float DEFAULT 0,
     match_count int DEFAULT 10, filter_owner_id uuid DEFAULT NULL)
 RETURNS TABLE (id uuid, similarity float) LANGUAGE plpgsql STABLE AS $$
@@ -133,7 +132,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         {"settings": t["settings"], "lowest": t["worst"], "ms": t["ms"]} for t in report["trials"]
     ]
     facts = {"below": len(report["below_goal"]), "sql": report["sql"], "trials": trials}
-    return groups | lowest | facts | {"halfvec": report["other"].get("halfvec")}
+    return groups | lowest | facts | {"other": report["other"], "ms": report["ms"]}
 
 
 def interrupt(uri: str, admin: psycopg.Connection[Any], after_s: float) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def main() -> None:
         build = ["--m", "16", "--ef-construction", "64", "--memory", args.memory]
         _, result["create"] = call(uri, "create", *build)
         by_owner = ["check", "--filter", "v.owner_id", "--join", JOIN, "--value", SMALL]
-        by_owner += ["--sample", "50", "--values", "4"]
+        by_owner += ["--sample", "40", "--values", "2"]
         function = [*by_owner, "--function", "search_scenes"]
         plot = ["--plot", args.plot] if args.plot else []
         status, report = call(uri, *function, *plot)
@@ -190,12 +189,21 @@ def main() -> None:
         settings = [word for n, v in best.items() for word in ("--set", f"{n}={v}")]
         mended, report = call(uri, *by_owner, *settings)
         result["the join, mended"] = {"status": mended, **figures(report)}
+        for columns in ("videos (owner_id)", "video_scenes (video_id)"):
+            admin.execute(f"CREATE INDEX ON {columns}")
+        admin.execute("ANALYZE")
+        _, report = call(uri, *by_owner)
+        result["the join, with indexes of the filter"] = figures(report)
         chance = random.Random(3)
         ends = [interrupt(uri, admin, chance.uniform(2, 12)) for _ in range(args.interrupts)]
         result["interrupted"] = ends
     print(json.dumps(result, indent=1))
+    wanting = [result[name]["1 %"]["recall"] for name in ("through the function", "by a join")]
+    fine = [result[name]["1 %"]["recall"] for name in ("the function, mended", "the join, mended")]
+    is_found = max(wanting) < 0.95 <= min(fine)
     is_clean = all((end["status"], end["left"]) == (130, 0) for end in ends)
-    sys.exit((status, again, direct, mended) != (3, 0, 3, 0) or not is_clean)
+    is_told = (status, again, direct, mended) == (3, 0, 3, 0)
+    sys.exit(not (is_found and is_told and is_clean))
 
 
 if __name__ == "__main__":

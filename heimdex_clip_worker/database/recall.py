@@ -313,6 +313,14 @@ class _Session:
         ((((plan,),), _),) = self.timed([(statement, values)], settings)
         return bool(set(re.findall(r"'Index Name': '([^']+)'", str(plan))) & names)
 
+    def reads_all(self, query: _Query) -> bool:
+        """True if the exact order of a value's rows reads the whole table."""
+        statement = "EXPLAIN (FORMAT JSON) " + self.search.exact(query.value is not None)
+        ((plan,),) = self.execute(statement, query.parameters(self.search.k))
+        table = re.escape(repr(self.search.column.table))
+        scan = rf"'Node Type': 'Seq Scan'[^{{}}]*'Relation Name': {table}"
+        return bool(re.search(scan, str(plan)))
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
@@ -512,12 +520,20 @@ def advise(report: dict[str, Any], search: Search) -> list[str]:
     if best is None:
         return _advise_without_setting(report, search)
     pairs = [f"{name} = {value}" for name, value in best["settings"].items()]
+    groups = report["groups"].values()
+    exact_ms = sum(group["exact_p50_ms"] for group in groups) / len(groups)
+    note = []
+    if best["ms"] > exact_ms / 2 and report["other"].get("reads_all"):
+        note = ["-- about as slow as the exact order: first create indexes on the columns of the",
+                "-- join and the filter, and check again"]  # fmt: skip
     if search.call is not None:
         pairs.append("plan_cache_mode = force_custom_plan")  # as it was measured
         load = f"SELECT '[1]'::{x}.vector;  -- loads pgvector, or only a superuser may set this"
-        return [load, *(f"ALTER FUNCTION {search.call.signature} SET {pair};" for pair in pairs)]
+        change = f"ALTER FUNCTION {search.call.signature} SET"
+        return [*note, load, *(f"{change} {pair};" for pair in pairs)]
     again = ", whose rows are to be sorted again" if "relaxed_order" in str(pairs) else ""
-    return ["BEGIN;", *(f"SET LOCAL {pair};" for pair in pairs), f"-- the search{again}", "COMMIT;"]
+    sets = [f"SET LOCAL {pair};" for pair in pairs]
+    return [*note, "BEGIN;", *sets, f"-- the search{again}", "COMMIT;"]
 
 
 def _advise_without_setting(report: dict[str, Any], search: Search) -> list[str]:
@@ -565,12 +581,13 @@ def measure(
         below = _below(report["groups"], goal)
         trials, other = [], _compare_half(session, queries)
         other |= _compare_generic(session, queries, settings)
+        worst = next((query for name in below for query in queries if query.value == name), None)
+        other |= {"reads_all": session.reads_all(worst)} if worst else {}
         if below and report["indexes"]:
             first = report["indexes"][0]
             trials = _try_settings(session, queries, settings, first, goal, show)
-        worst = [name for name in below if name in facts["values"]]
         if tries_indexes and worst:
-            other |= _try_partial(database, session, queries, settings, worst[0])
+            other |= _try_partial(database, session, queries, settings, worst.group)
         report |= {"goal": goal, "k": search.k, "below_goal": below, "trials": trials}
         report |= {"best": _best(trials), "other": other, "ms": _typical_ms(report["groups"])}
         return report | {"sql": advise(report, search)}

@@ -85,7 +85,8 @@ class ClipEmbedder:
     ):
         self.column, self.is_bytes = bytes_column or url_column, bool(bytes_column)
         opened = client() if client else _open_client(form, space_id)
-        held = getattr(getattr(opened, "backend", opened), "held", None)
+        source = getattr(opened, "backend", opened)
+        held = getattr(source, "held", None) if self.is_bytes else None
         version = model_version or ClientSettings.from_env(backend="off").model_version
         options = Options(
             in_flight=in_flight or _IN_FLIGHT[form], batch=batch, patience_s=patience_s,

@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
+from functools import cached_property
 from typing import Any
 
 from .. import errors
@@ -165,7 +166,6 @@ class LocalBackend:
     def __init__(self, settings: Settings, *, with_files: bool = False):
         """Load the model; `with_files` accepts the `file_name` of a path as `image_url`."""
         self.worker, self._pipeline = _load_worker(settings, with_files)
-        self.held = _accept_held(self._pipeline.fetcher)  # images by name, see `new_name`
         secret = settings.hmac_secret or ""  # `worker_settings` has set it
         self._signer = Signer("v1", secret, settings.auth_audience)
         self._loop = _LoopThread(self._pipeline.close)
@@ -191,6 +191,11 @@ class LocalBackend:
         """The number of jobs in flight that keeps the model busy: two full batches."""
         max_batch: int = self._pipeline.images.max_batch
         return 2 * max_batch
+
+    @cached_property
+    def held(self) -> dict[str, bytes]:
+        """Images by name, see `new_name`; a job may have such a name as its `image_url`."""
+        return _accept_held(self._pipeline.fetcher)
 
     def warm_up(self) -> None:
         """Compare the model with its golden vectors; raise InferenceFailed or ModelError."""

@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
@@ -126,6 +126,18 @@ class Database:
             if undo:  # what is checked at the end of a transaction only
                 self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
             return rows
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """Yield the connection in a transaction, which nothing repeats; raise BackfillError."""
+        try:
+            if self._connection.closed:
+                self._connection = self._connect()
+            with self._connection.transaction():
+                self._connection.execute(_TIMEOUTS)
+                yield self._connection
+        except self._psycopg.Error as error:
+            raise _Refusal(error) from error
 
     def hurry(self, patience_s: float) -> None:
         """Retry later statements for at most `patience_s` seconds."""

@@ -31,7 +31,7 @@ from ..settings import ClientSettings
 from ..backfill.rows import RowError
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = ['add_columns', 'add_arguments', 'open_bucket', 'run']
 
 # %% ../../nbs/13h_backfill.ipynb #number
 def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -60,6 +60,11 @@ def _add_tables(group: Any) -> None:
     group.add_argument("--database", metavar="URI",
         help="connection string (default: DATABASE_URL); PGHOST, PGUSER and so on say what it "
         "does not")  # fmt: skip
+    add_columns(group)
+
+
+def add_columns(group: Any) -> None:
+    """Add the options that name the columns of a table, and the bucket of its images."""
     group.add_argument("--id-column", metavar="NAME", default="id", help="(default: %(default)s)")
     group.add_argument("--url-column", metavar="NAME",
         help="(default: thumbnail_url of a table, image_url of a file or query)")  # fmt: skip
@@ -166,11 +171,15 @@ def _open_source_and_sink(
     return source or sink, sink
 
 # %% ../../nbs/13h_backfill.ipynb #open-bucket
-def _open_bucket(args: argparse.Namespace, settings: ClientSettings) -> Bucket | None:
+def open_bucket(
+    args: argparse.Namespace,
+    settings: ClientSettings,
+    **options: Any,  # of the bucket
+) -> Bucket | None:
     """Open the private bucket of the paths; None if rows have URLs."""
     if args.path_column:
         name = args.bucket or settings.supabase_bucket
-        return Bucket(settings.supabase_url, settings.supabase_key, name)
+        return Bucket(settings.supabase_url, settings.supabase_key, name, **options)
     if args.bucket:
         raise UsageError("--bucket needs --path-column: which column has the paths?")
     return None
@@ -327,7 +336,7 @@ def _backfill(
 
     version = settings.model_version
     selection = Selection(args.retry_failed, args.reembed, settings.space_id, version)
-    bucket = _open_bucket(args, settings)
+    bucket = open_bucket(args, settings)
     source, sink = _open_source_and_sink(args, selection, open_database)
     status = ""
     try:

@@ -88,24 +88,42 @@ def _query_vector(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `search`."""
     add = parser.add_argument
+    from heimdex_clip_worker.cli.search_table import add_table_arguments
+
     add("text", metavar="TEXT", nargs="?", help="what to look for")
     add("--image", metavar="FILE|URL", help="look for images like this one instead")
-    add("--in", metavar="FILE", dest="file", type=Path, required=True, help="Parquet with vectors")
+    add("--in", metavar="FILE", dest="file", type=Path, help="search a Parquet file with vectors")
     add("--top", metavar="N", type=int, default=5, help="how many (%(default)s)")
     add("--show", metavar="COLUMN", action="append", default=[], help="show it too (repeatable)")
     add_backend(parser)
     add("--json", action="store_true", help="print JSON lines")
+    add_table_arguments(parser)
 
 # %% ../../nbs/13e_search.ipynb #query-of
-def _query_of(args: argparse.Namespace) -> Input:
-    """Read the query; raise CommandError."""
-    if (args.text is None) == (args.image is None):
-        raise CommandError("Give a text to look for, or an --image", status=Status.USAGE)
-    if args.top < 1:
-        raise CommandError(f"--top is {args.top}: ask for 1 or more", status=Status.USAGE)
+def _check_file(args: argparse.Namespace) -> None:
+    """Raise CommandError unless there is a file, and the options are for one."""
+    from heimdex_clip_worker.cli.search_table import FOR_A_TABLE
+
+    for name in FOR_A_TABLE:
+        if getattr(args, name):
+            problem = f"--{name.replace('_', '-')} is for a --database, and --in names a file"
+            raise CommandError(problem, status=Status.USAGE)
     if not args.file.is_file():
         problem = f"{args.file}: no such file (`embed --out` writes one)"
         raise CommandError(problem, status=Status.USAGE)
+
+
+def _query_of(args: argparse.Namespace) -> Input | None:  # None: the row of --like
+    """Read the query; raise CommandError."""
+    if sum(query is not None for query in (args.text, args.image, args.like)) != 1:
+        problem = "Give one query: a text to look for, an --image, or with --database --like"
+        raise CommandError(problem, status=Status.USAGE)
+    if args.top < 1:
+        raise CommandError(f"--top is {args.top}: ask for 1 or more", status=Status.USAGE)
+    if args.file:
+        _check_file(args)
+    if args.like is not None:
+        return None
     if args.text is not None:
         return Input("text", args.text, args.text)
     check_sources([args.image], [])
@@ -140,6 +158,10 @@ def _cell(value: Any) -> str:
 def run(args: argparse.Namespace) -> int:
     """Print the best matches; raise CommandError, SettingsError, ModelError, ClipInferenceError."""
     source = _query_of(args)
+    if args.file is None:
+        from heimdex_clip_worker.cli.search_table import search_table
+
+        return search_table(args, source)
     next(blocks(args.file, args.show), None)  # raises for a file that cannot be read
     query = _query_vector(source, args.backend, args.seeded)
     matches = _best(blocks(args.file, args.show), query, args.top)

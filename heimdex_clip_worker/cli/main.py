@@ -55,6 +55,10 @@ VECTORS = [
         "backfill", "cli.backfill", "make a vector for each image of a table, restartable",
         ("backfill scenes.csv --url-column url --out vectors.parquet",),
     ),
+    Command(
+        "audit", "cli.audit", "say what the vectors of a table are, and repair the wrong ones",
+        ("audit --database postgresql://app@db/heimdex --backend local",),
+    ),
 ]  # fmt: skip
 
 # %% ../../nbs/14_cli.ipynb #of-an-endpoint

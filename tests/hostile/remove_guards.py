@@ -41,6 +41,7 @@ FILES = {
     "endpoint": "remote/endpoint.py",
     "settings": "settings.py", "process": "serving/process.py",
     "client": "client.py", "deploy": "cli/deploy.py",
+    "audit": "database/audit.py", "audit_command": "cli/audit.py",
 }  # fmt: skip
 TESTS = {
     "auth": [f"{HOSTILE}/test_auth_rows.py", "tests/test_auth.py"],
@@ -76,6 +77,8 @@ TESTS = {
     ],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
+    "audit": ["tests/backfill/test_audit_table.py"],
+    "audit_command": ["tests/cli/test_audit.py"],
 }
 
 
@@ -352,6 +355,14 @@ CLIENT = [
 DEPLOY = [
     ("one GPU is paid for", NEVER),
 ]
+AUDIT = [
+    ("a repair leaves rows with another picture alone", (r'".*",', '"has_same_url": "true",')),
+    ("a repair leaves newer vectors alone", (r'""".*"""', '"true"')),
+    ("a repair with the wrong model is refused", NEVER),
+]
+AUDIT_COMMAND = [
+    ("a table names no files of this machine", (r"with_files", "True")),
+]
 GUARDS = [
     Guard(module, *entry)
     for module, entries in (
@@ -381,6 +392,8 @@ GUARDS = [
         ("process", PROCESS),
         ("client", CLIENT),
         ("deploy", DEPLOY),
+        ("audit", AUDIT),
+        ("audit_command", AUDIT_COMMAND),
     )
     for entry in entries
 ]

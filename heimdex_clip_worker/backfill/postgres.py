@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -76,13 +77,14 @@ class Database:
             host = self._psycopg.conninfo.conninfo_to_dict(conninfo).get("host")
             if "@" in str(host):  # the end of a password that contains an unescaped @
                 raise _unreadable(conninfo)
-            self._connection = self._connect()
+            self._connection = self.connect()
         except self._psycopg.ProgrammingError as error:
             raise _unreadable(conninfo, str(error)) from None
         except self._psycopg.Error as error:
             raise BackfillError(f"no connection to the database: {_first_line(error)}") from error
 
-    def _connect(self) -> Any:
+    def connect(self) -> Any:
+        """Open another connection like this one, without its retries."""
         return self._psycopg.connect(
             self._conninfo, autocommit=True, prepare_threshold=None, **_CONNECTION
         )
@@ -118,7 +120,7 @@ class Database:
         self, statement: Any, values: dict[str, Any], undo: bool
     ) -> list[tuple[Any, ...]]:
         if self._connection.closed:
-            self._connection = self._connect()
+            self._connection = self.connect()
         with self._connection.transaction(force_rollback=undo):
             self._connection.execute(_TIMEOUTS)
             cursor = self._connection.execute(statement, values)
@@ -132,7 +134,7 @@ class Database:
         """Yield the connection in a transaction, which nothing repeats; raise BackfillError."""
         try:
             if self._connection.closed:
-                self._connection = self._connect()
+                self._connection = self.connect()
             with self._connection.transaction():
                 self._connection.execute(_TIMEOUTS)
                 yield self._connection
@@ -222,6 +224,7 @@ def _read_columns(database: Database, table: str) -> dict[str, _Column]:
 def _check_columns(
     columns: dict[str, _Column],
     names: dict[str, str],  # role ("id", "url", "vector", "metadata") -> column
+    is_writer: bool = True,  # by this role
 ) -> None:
     """Raise UsageError unless each column exists and can be used in its role."""
     for role, name in names.items():
@@ -236,7 +239,7 @@ def _check_columns(
             needed = {"metadata": "jsonb"}.get(role, role)
             message = f"column {names[role]!r} is {column.type}: a {role} column must be {needed}"
             raise UsageError(message)
-        if column.is_generated or not column.is_updatable:
+        if column.is_generated or (is_writer and not column.is_updatable):
             reason = "it is generated" if column.is_generated else "the role lacks the privilege"
             raise UsageError(f"column {names[role]!r} cannot be updated: {reason}")
 
@@ -453,6 +456,12 @@ SET {metadata} = t.{metadata} - 'backfill_lease'
 FROM unnest(%(ids)s::text[], %(tokens)s::text[]) WITH ORDINALITY AS sent (id, token, position)
 WHERE t.{id} = sent.id::{id_type} AND t.{metadata}#>>'{{backfill_lease,token}}' = sent.token
 RETURNING sent.position""",
+    "plan_failures": """
+UPDATE {table} AS t
+SET {metadata} = t.{metadata} - 'attempts' || jsonb_build_object('retry_at', {now})
+WHERE t.{vector} IS NULL AND t.{metadata}->'code' IS NOT NULL
+    AND t.{metadata}->'retryable' = 'true'
+RETURNING 1""",
     "release_changed": """
 UPDATE {table} AS t
 SET {metadata} = t.{metadata} - 'backfill_lease'
@@ -498,8 +507,7 @@ def _fragments(has_url: bool) -> dict[str, str]:
         "now": _TIME.replace("{time}", "clock_timestamp()"),
         "is_open": _IS_OPEN,
         "and_has_url": _HAS_URL if has_url else "",
-        # guard: a vector is written only while the row has the URL that it was made from
-        "is_same_url": _IS_SAME_URL if has_url else "true",
+        "is_same_url": _IS_SAME_URL if has_url else "true",  # guard: a result is of its picture
         "is_selected": _IS_SELECTED,
         "seconds_held": _SECONDS_HELD,
         "attempts": _ATTEMPTS,
@@ -509,12 +517,12 @@ def _fragments(has_url: bool) -> dict[str, str]:
     }
 
 # %% ../../nbs/11b_postgres.ipynb #compose
-def _compose(
+def _parts(
     table: str,
     names: dict[str, str],  # role -> column; without "url", no row is read or added with one
     columns: dict[str, _Column],
 ) -> dict[str, Any]:
-    """Fill the names of one table into the statements."""
+    """Compose what the statements have in braces: the names of a table, and rules."""
     from psycopg import sql
 
     parts = {role: _quote(name) for role, name in names.items()}
@@ -535,7 +543,7 @@ def _compose(
     for name, text in _fragments("url" in names).items():
         parts[name] = sql.SQL(text).format(**parts)
     parts.setdefault("url", sql.SQL("url"))  # in `page`, which is not used then
-    return {name: sql.SQL(text).format(**parts) for name, text in {**_READ, **_WRITE}.items()}
+    return parts
 
 # %% ../../nbs/11b_postgres.ipynb #fits
 def _fits(row_id: int | str, id_type: str) -> bool:
@@ -560,6 +568,7 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
+_UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 
 
@@ -586,53 +595,64 @@ class PostgresSink(Sink):
         lease_s: float = 120,  # seconds until the rows of a killed process are free
         patience_s: float = 900,  # seconds to wait for a row that another transaction has locked
         add_missing: bool = False,  # insert rows that the table does not have
+        is_lasting: bool = False,  # the process goes on for ever: say nothing of one long load
+        is_writer: bool = True,  # False: the role need not have the right to write
     ):
         columns = _read_columns(database, table)
         names = {"id": id_column, "vector": vector_column, "metadata": metadata_column}
         present = [name for name in url_choices if name in columns]
         if present or not url_choices:
             names["url"] = present[0] if present else url_column
-        _check_columns(columns, names)
-        self._table, self._names, self._columns = table, names, columns
+        _check_columns(columns, names, is_writer)
+        self.table, self.names, self._columns = table, names, columns
         self._id_type, self._vector_type = columns[id_column].type, columns[vector_column].type
         length = re.search(r"\((\d+)\)$", self._vector_type)
         self._dim = int(length[1]) if length else None
         self._has_own_urls = not (url_choices or add_missing)
-        self._statements = _compose(table, names, columns)
-        self._quoted_table = _quote_table(table)
-        self._database, self.selection = database, selection
+        self._parts = _parts(table, names, columns)
+        self._statements = {name: self.compose(text) for name, text in (_READ | _WRITE).items()}
+        self._is_lasting = is_lasting
+        self.quoted_table = _quote_table(table)
+        self.database, self.selection = database, selection
         self._lease_s, self._add_missing = min(lease_s, self.longest_lease_s), add_missing
         self._leases: dict[int | str, tuple[str, float]] = {}  # id -> token, time of renewal
         self._patience_s = patience_s
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
-        self._unwritable: set[int | str] = set()  # not recorded, so they stay selected
+        self._unwritable: dict[int | str, float] = {}  # not recorded, so they stay selected; since
+
+    def compose(self, text: str) -> Any:
+        """Fill the names of the table, and the rules about its rows, into a statement."""
+        from psycopg import sql
+
+        return sql.SQL(text).format(**self._parts)
 
     def check(self, source: RowSource, dim: int | None) -> None:
         """Raise BackfillError if vectors of `dim` numbers cannot be stored; change nothing."""
         if dim and self._dim and dim != self._dim:
             raise UsageError(
-                f"column {self._names['vector']!r} is {self._vector_type}, and the model's "
+                f"column {self.names['vector']!r} is {self._vector_type}, and the model's "
                 f"vectors have {dim} numbers: name another column, or set CLIP_MODEL_NAME"
             )
-        self._say_indexes()
+        if not self._is_lasting:
+            self._say_indexes()
         page = next(source.pages(_SAMPLE), [])
         rows = self.selected([row for row in map(self.fit, page) if row.id is not None])
         if not self._try(rows[:1]):
             return
         if len(page) == _SAMPLE and source is self:
             values = {**vars(self.selection), "size": _SAMPLE}
-            ids = self._database.run(self._statements["sample"], values, undo=True)
+            ids = self.database.run(self._statements["sample"], values, undo=True)
             rows = [Row(row_id, "") for (row_id,) in ids] or rows
         reason = self._try(rows)
         if reason and (len(page) < _SAMPLE or source is self):
-            raise BackfillError(f"no row of {self._table} can be written: {reason}")
+            raise BackfillError(f"no row of {self.table} can be written: {reason}")
 
     def _say_indexes(self) -> None:
         """Say which indexes make every write slow."""
-        values = {"table": self._quoted_table, "vector": self._names["vector"]}
-        for (name,) in self._database.run(self._statements["slow_indexes"], values):
-            self._database.say(
+        values = {"table": self.quoted_table, "vector": self.names["vector"]}
+        for (name,) in self.database.run(self._statements["slow_indexes"], values):
+            self.database.say(
                 f"the index {name} makes every write slow: for many rows, drop it, and create it "
                 "again afterwards"
             )
@@ -681,7 +701,7 @@ class PostgresSink(Sink):
     ) -> list[int]:
         """Run a statement for rows; return the indices of the rows that it returns."""
         values["ids"] = [str(row.id) for row in rows]
-        positions = self._database.run(self._statements[statement], values, undo=undo, once=once)
+        positions = self.database.run(self._statements[statement], values, undo=undo, once=once)
         return sorted(position - 1 for (position,) in positions)
 
     def _find_each(
@@ -708,16 +728,25 @@ class PostgresSink(Sink):
     def pages(self, size: int) -> Iterator[list[Row]]:
         """Yield the selected rows, if the table is also the source."""
         page = self._statements["page"]
-        yield from _keyset_pages(self._database, page, vars(self.selection), size)
+        yield from _keyset_pages(self.database, page, vars(self.selection), size)
 
     def count(self) -> int:
         """Count the selected rows."""
-        return self._database.run(self._statements["count"], vars(self.selection))[0][0]
+        return self.database.run(self._statements["count"], vars(self.selection))[0][0]
 
     def count_spaces(self) -> dict[tuple[str, str], int]:
         """Count the vectors of each space_id and model version."""
-        rows = self._database.run(self._statements["spaces"])
+        rows = self.database.run(self._statements["spaces"])
         return {(space_id, version): count for space_id, version, count in rows}
+
+    def plan_failures(self) -> int:
+        """Plan an attempt, now, for all failures that may pass; return how many they are."""
+        return len(self.database.run(self._statements["plan_failures"]))
+
+    def hurry(self) -> None:
+        """Wait for the database a few seconds at most, because the process is to end."""
+        if self._is_lasting:
+            self.database.hurry(10)
 
     def same_id(self, row_id: int | str) -> int | str:
         """Give all spellings of one id of the table one form."""
@@ -739,7 +768,7 @@ class PostgresSink(Sink):
     def _held(self, rows: list[Row]) -> dict[int | str, float]:
         """Find the selected rows: id -> seconds for which a lease holds, or 0."""
         values = {"ids": [str(row.id) for row in rows], **vars(self.selection)}
-        found = self._database.run(self._statements["held"], values) if rows else []
+        found = self.database.run(self._statements["held"], values) if rows else []
         return {rows[position - 1].id: seconds for position, seconds in found}
 
     def selected(self, rows: list[Row]) -> list[Row]:
@@ -748,7 +777,7 @@ class PostgresSink(Sink):
         readable = [row for row in rows if row.id not in unreadable]
         indices = self._find("selected", readable, **vars(self.selection))
         ids = {readable[n].id for n in indices} | {row.id for row in self._missing(readable)}
-        ids -= self._unwritable
+        ids -= self._unwritable.keys()
         return [row for row in rows if row.id in ids]
 
     def _unreadable(self, rows: list[Row]) -> dict[int | str, str]:
@@ -763,6 +792,9 @@ class PostgresSink(Sink):
 
         A row that can never be claimed is returned with the error NOT_WRITABLE.
         """
+        if self._is_lasting:  # what does not let a row be written may change
+            since = time.monotonic() - _UNWRITABLE_S
+            self._unwritable = {i: t for i, t in self._unwritable.items() if t > since}
         rows = [row for row in rows if row.id not in self._unwritable]
         reasons = self._unreadable(rows)
         reasons |= self._add([row for row in rows if row.id not in reasons])
@@ -786,12 +818,14 @@ class PostgresSink(Sink):
         reasons |= {row_id: _LOCKED if is_locked else _UPDATES_NONE for row_id in stuck}
         held = {i: s for i, s in held.items() if i not in reasons}
         self.wait_s = max(held.values(), default=0.0)
-        self._unwritable |= reasons.keys()
+        self._unwritable |= dict.fromkeys(reasons, time.monotonic())
         return claimed + [_unwritable(r, reasons[r.id]) for r in rows if r.id in reasons], len(held)
 
     def _locked_for_long(self, ids: list[int | str]) -> list[int | str]:
         """Note when ids were first found locked; return those for which patience is over."""
         now = time.monotonic()
+        if self._patience_s == math.inf:
+            return []
         self._locked |= {i: now for i in ids if i not in self._locked}
         return [i for i in ids if now - self._locked[i] > self._patience_s]
 
@@ -890,7 +924,7 @@ class PostgresSink(Sink):
             failures[n] = failure(row, row.error)
         recorded, _ = self._write(list(failures.values()))
         left = [f.row for n, f in enumerate(failures.values()) if n not in recorded]
-        self._unwritable |= {row.id for row in left}
+        self._unwritable |= {row.id: time.monotonic() for row in left}
         self.release([row for row in left if row.id in self._leases])
         return failures
 
@@ -904,15 +938,15 @@ class PostgresSink(Sink):
         for result in results:
             if result.vector and self._dim and len(result.vector) != self._dim:
                 message = f"expected {self._dim} dimensions, not {len(result.vector)}"
-                raise BackfillError(f"{message}: column {self._names['vector']!r} cannot hold it")
+                raise BackfillError(f"{message}: column {self.names['vector']!r} cannot hold it")
 
     def close(self, complete: bool) -> None:
         """Release what is still leased, and close the connection."""
-        self._database.hurry(5)
+        self.database.hurry(5)
         with suppress(BackfillError):  # else the leases end by themselves
             left = [Row(row_id, "") for row_id in self._leases]
             self._find_each("release", left, tokens=self._tokens(left))
-        self._database.close()
+        self.database.close()
 
 
 # Values with an entry for each row.

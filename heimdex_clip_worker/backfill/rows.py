@@ -222,5 +222,8 @@ class Sink:
         """Count the vectors of each space_id and model version."""
         raise NotImplementedError
 
+    def hurry(self) -> None:
+        """Wait for nothing long any more, because the process is to end."""
+
     def close(self, complete: bool) -> None:
         """Close the sink; `complete`: the run was neither interrupted nor ended by an error."""

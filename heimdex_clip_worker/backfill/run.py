@@ -169,6 +169,7 @@ class Meter:
     vector_bytes: int = 0
     busy_s: float = 0.0  # seconds with at least one job in flight
     started: float = field(default_factory=time.monotonic)
+    shown: int = 0  # the count that the last message had
     ticked: float = field(default_factory=time.monotonic)  # the last call of `tick`
 
     def tick(self, is_busy: bool) -> None:
@@ -289,7 +290,7 @@ class Run:
         self._wake = wake or threading.Event()
         self._has_claimed_all = self._has_lost = False
         self._claim_at, self._waits = 0.0, 0  # when to claim again; waits in succession
-        self._is_between_passes = True
+        self._is_between_passes, self._was_woken = True, False
         self._waiting_said_at = -math.inf
         self._unwritable: list[RowError] = []  # the first few
         self._rows: deque[Row] = deque()
@@ -351,8 +352,8 @@ class Run:
             if time.monotonic() < self._claim_at and not self._wake.is_set():
                 return
             if self._is_between_passes:
+                self._was_woken, self._is_between_passes = self._wake.is_set(), False
                 self._wake.clear()  # a row that comes from now on may be behind the pass
-                self._is_between_passes = False
             began = time.monotonic()
             claim = next(self._claims, None)
             if claim is None:
@@ -376,6 +377,7 @@ class Run:
         if poll_s is None:
             self._say_waiting(wait)
         else:  # without the index of `sync`, searching a large table takes seconds
+            poll_s = min(poll_s, 1.0) if self._was_woken else poll_s  # for rows that come together
             pause = max(min(pause, poll_s) if wait.count else poll_s, 9 * search_s)
         self._claim_at = time.monotonic() + pause
 

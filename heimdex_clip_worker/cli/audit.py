@@ -561,7 +561,7 @@ def _repair(
         sink.check(faults, None)
         progress.begin(len(faults.ids))
         run = backfill_run.Run(faults, sink, client, options, bucket=bucket, say=progress.say)
-        summary = backfill._drive(run, sink, settings.model_version, progress, len(faults.ids))
+        summary = backfill._drive(run, sink, progress, len(faults.ids))
     finally:
         progress.close()
         sink.close(complete=True)

@@ -9,9 +9,10 @@ import argparse
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from ..settings import ClientSettings
 from ..backfill.rows import RowError
 
 # %% auto #0
-__all__ = ['add_columns', 'add_arguments', 'open_bucket', 'run']
+__all__ = ['number', 'add_columns', 'add_pace', 'add_arguments', 'open_bucket', 'run']
 
 # %% ../../nbs/13h_backfill.ipynb #number
-def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Make a parser for a finite number from `low` to `high`."""
 
     def parse(text: str) -> Any:
@@ -87,28 +88,29 @@ def _add_selection(group: Any) -> None:
         help="also vectors of another space or model version")  # fmt: skip
     group.add_argument("--only", type=Path, metavar="FILE",
         help="the rows in a file of `audit --out`, whatever vector they have")  # fmt: skip
-    group.add_argument("--limit", type=_number(int, 1), metavar="N", help="at most N rows")
+    group.add_argument("--limit", type=number(int, 1), metavar="N", help="at most N rows")
     group.add_argument("--dry-run", action="store_true",
         help="check, count, estimate, show some rows; write nothing")  # fmt: skip
+    group.add_argument("--rate", type=number(float, 0.001), default=100.0, metavar="R",
+        help="images/s that --dry-run calculates with (default: %(default)s)")  # fmt: skip
 
 
-def _add_pace(group: Any) -> None:
+def add_pace(group: Any) -> None:
+    """Add the options for how fast a run works, and what it may cost."""
     usual = backfill_run.Options()
-    group.add_argument("--in-flight", type=_number(int, 1), default=usual.in_flight, metavar="N",
+    group.add_argument("--in-flight", type=number(int, 1), default=usual.in_flight, metavar="N",
         help="most jobs at once (default: %(default)s)")  # fmt: skip
-    group.add_argument("--batch", type=_number(int, 1), default=usual.batch, metavar="N",
+    group.add_argument("--batch", type=number(int, 1), default=usual.batch, metavar="N",
         help="most images in a job (default: %(default)s)")  # fmt: skip
-    group.add_argument("--price-per-second", type=_number(float, 0), metavar="P",
+    group.add_argument("--price-per-second", type=number(float, 0), metavar="P",
         default=usual.price_per_second,
         help="of one worker; cost is worker seconds while jobs are in flight")  # fmt: skip
-    group.add_argument("--workers", type=_number(int, 1), default=usual.workers, metavar="N",
+    group.add_argument("--workers", type=number(int, 1), default=usual.workers, metavar="N",
         help="how many workers that price is paid for (default: %(default)s)")  # fmt: skip
-    group.add_argument("--max-cost", type=_number(float, 0), metavar="C", help="stop there")
-    group.add_argument("--rate", type=_number(float, 0.001), default=100.0, metavar="R",
-        help="images/s that --dry-run calculates with (default: %(default)s)")  # fmt: skip
-    group.add_argument("--patience", type=_number(float, 0), default=usual.patience_s, metavar="S",
+    group.add_argument("--max-cost", type=number(float, 0), metavar="C", help="stop there")
+    group.add_argument("--patience", type=number(float, 0), default=usual.patience_s, metavar="S",
         help="seconds to wait for an endpoint or database (default: %(default)s)")  # fmt: skip
-    group.add_argument("--lease", type=_number(float, 1, PostgresSink.longest_lease_s),
+    group.add_argument("--lease", type=number(float, 1, PostgresSink.longest_lease_s),
         default=120.0, metavar="S",
         help="seconds until a dead process's rows are free (default: %(default)s)")  # fmt: skip
 
@@ -135,10 +137,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     _add_tables(parser.add_argument_group("from where, and where to"))
     _add_selection(parser.add_argument_group("which rows"))
-    _add_pace(parser.add_argument_group("how fast, and for how much"))
+    add_pace(parser.add_argument_group("how fast, and for how much"))
+    parser.set_defaults(follows=False, poll=None, retries=0)  # see `heimdex-clip sync`
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 # %% ../../nbs/13h_backfill.ipynb #open-source-and-sink
+def _patience_s(args: argparse.Namespace) -> float:
+    """Choose how long an outage may take: as long as it likes, if the process is to go on."""
+    return args.patience if args.poll is None else math.inf
+
+
 def _open_source_and_sink(
     args: argparse.Namespace,
     selection: Selection,
@@ -170,7 +178,7 @@ def _open_source_and_sink(
     columns |= {"vector_column": args.vector_column, "metadata_column": args.metadata_column}
     if args.only:
         source = Faults.read(args.only, AuditTable(open_database(), table=table, **columns))
-    options = {"lease_s": args.lease, "patience_s": args.patience}
+    options = {"lease_s": args.lease, "patience_s": _patience_s(args), "is_lasting": args.follows}
     options["add_missing"] = bool(args.source)
     sink = PostgresSink(open_database(), selection, table=table, **columns, **options)
     if args.source:
@@ -199,20 +207,34 @@ def _money(cost: float) -> str:
     return f"{cost:.{1 - math.floor(math.log10(cost))}f}"
 
 
-def _show(progress: console.Progress, meter: backfill_run.Meter, total: int) -> None:
+def _show(
+    progress: console.Progress,
+    meter: backfill_run.Meter,
+    total: int | None,  # None: the run has no end
+) -> None:
     """Show the progress of a run: a bar, or a line if the last one is old enough."""
     failed = meter.failed.total()
     count = meter.done + failed
+    cost = _money(meter.cost())
+
+    def line_of_many() -> str:
+        meter.shown = count
+        return f"{count:,} rows so far, {failed:,} failed, cost {cost}"
+
+    if total is None:
+        if count != meter.shown:
+            progress.show(0, line=line_of_many)
+        return
 
     def line() -> str:
         rate = count / (time.monotonic() - meter.started)
         left = f"{(total - count) / rate / 60:,.0f} min left, " if rate else ""
         return (
             f"{count:,} of {total:,} rows, {failed:,} failed, {rate:.1f} images/s, "
-            f"{left}cost {_money(meter.cost())}"
+            f"{left}cost {cost}"
         )
 
-    progress.show(count, f"failed {failed}, cost {_money(meter.cost())}", line)
+    progress.show(count, f"failed {failed}, cost {cost}", line)
 
 # %% ../../nbs/13h_backfill.ipynb #signals
 @contextmanager
@@ -224,6 +246,7 @@ def _stopped_by_signals(
     def stop(number: int, frame: Any) -> None:
         received.append(number)
         run.stop("interrupted")
+        sink.hurry()
         if len(received) > 1:
             for other in previous:
                 signal.signal(other, signal.SIG_DFL)
@@ -275,7 +298,7 @@ def _report(summary: dict[str, Any]) -> str:
         f"cost       {_money(summary['cost'])} ({summary['worker_seconds']:,.1f} worker seconds)",
     ]
     if summary["lost"]:
-        lines.append(f"too late   {summary['lost']:,} (others had taken over these rows)")
+        lines.append(f"too late   {summary['lost']:,} (others had them, or their images changed)")
     for entry in summary.get("other_spaces", ()):
         space, version = (entry[name] or "unknown" for name in ("space_id", "model_version"))
         count = f"{entry['count']:,}"
@@ -304,7 +327,7 @@ def _dry_run(args: argparse.Namespace, source: RowSource, sink: Sink) -> dict[st
 
 # %% ../../nbs/13h_backfill.ipynb #drive
 def _drive(
-    run: backfill_run.Run, sink: Sink, version: str, progress: console.Progress, total: int
+    run: backfill_run.Run, sink: Sink, progress: console.Progress, total: int | None
 ) -> dict[str, Any]:
     """Run to the end; return the summary."""
     with _stopped_by_signals(run, sink, progress.say):
@@ -312,9 +335,7 @@ def _drive(
             status = run.drive(lambda meter: _show(progress, meter, total))
         except (BackfillError, ClipInferenceError) as error:
             return {"status": "failed", "error": _message(error), **run.meter.summary()}
-    space_id = run.space_id or sink.selection.space_id
-    stale = backfill_run.other_spaces(sink, space_id, version)
-    return {"status": status, **run.meter.summary(), "other_spaces": stale}
+    return {"status": status, **run.meter.summary()}
 
 
 def _message(error: Exception) -> str:
@@ -328,21 +349,30 @@ _DIMS = {  # of CLIP's models, without "-quickgelu"
     "RN50x16": 768, "RN50x64": 1024,
 }  # fmt: skip
 
+_Follow = Callable[[Sink, Callable[[str], None]], AbstractContextManager[threading.Event | None]]
+
+
+def _do_not_follow(sink: Sink, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 def _backfill(
     args: argparse.Namespace,
     client: backfill_run.Client,
     settings: ClientSettings,
     progress: console.Progress,
+    follow: _Follow = _do_not_follow,
 ) -> dict[str, Any]:
     """Run a backfill; return its summary; raise BackfillError or ClipInferenceError."""
 
     def open_database() -> Database:
         conninfo = settings.database_url if args.database is None else args.database
-        return Database(conninfo, patience_s=args.patience, say=progress.say)
+        return Database(conninfo, patience_s=_patience_s(args), say=progress.say)
 
     version = settings.model_version
-    selection = Selection(args.retry_failed, args.reembed, settings.space_id, version)
+    selection = Selection(
+        args.retry_failed, args.reembed, settings.space_id, version, args.retries, args.follows
+    )
     if args.only:  # also vectors whose metadata says that they are of this space
         selection = replace(selection, reembed=True, space_id="")
     bucket = open_bucket(args, settings)
@@ -357,13 +387,7 @@ def _backfill(
             sink.selection = replace(selection, space_id=space_id)
         if args.dry_run:
             return _dry_run(args, source, sink)
-        todo = backfill_run.count_rows(source, sink)
-        total = min(todo, args.limit or todo)
-        with console.needs("backfill", "A progress bar"):
-            progress.begin(total)
-        options = _read_options(args, version)
-        run = backfill_run.Run(source, sink, client, options, bucket=bucket, say=progress.say)
-        summary = _drive(run, sink, version, progress, total)
+        summary = _embed_rows(args, source, sink, client, bucket, progress, follow)
         status = summary["status"]
         return summary
     finally:
@@ -371,16 +395,42 @@ def _backfill(
         sink.close(complete=status in ("done", "limit", "max-cost"))
 
 
+def _embed_rows(
+    args: argparse.Namespace,
+    source: RowSource,
+    sink: Sink,
+    client: backfill_run.Client,
+    bucket: Bucket | None,
+    progress: console.Progress,
+    follow: _Follow,
+) -> dict[str, Any]:
+    """Embed the rows, and count the vectors of other spaces; return the summary."""
+    total, say, version = None, progress.say, sink.selection.model_version
+    if args.poll is None:
+        todo = backfill_run.count_rows(source, sink)
+        total = min(todo, args.limit or todo)
+        with console.needs("backfill", "A progress bar"):
+            progress.begin(total)
+    options = _read_options(args, version)
+    with follow(sink, say) as wake:
+        run = backfill_run.Run(source, sink, client, options, bucket=bucket, say=say, wake=wake)
+        summary = _drive(run, sink, progress, total)
+    if summary["status"] != "failed" and not args.follows:  # counting takes long in a large table
+        space_id = run.space_id or sink.selection.space_id
+        summary["other_spaces"] = backfill_run.other_spaces(sink, space_id, version)
+    return summary
+
+
 def _read_options(args: argparse.Namespace, model_version: str) -> backfill_run.Options:
     return backfill_run.Options(
         in_flight=args.in_flight, batch=args.batch, limit=args.limit, workers=args.workers,
-        price_per_second=args.price_per_second, max_cost=args.max_cost, patience_s=args.patience,
-        model_version=model_version,
+        price_per_second=args.price_per_second, max_cost=args.max_cost,
+        patience_s=_patience_s(args), poll_s=args.poll, model_version=model_version,
     )  # fmt: skip
 
 # %% ../../nbs/13h_backfill.ipynb #run
-def run(args: argparse.Namespace) -> int:
-    """Run `heimdex-clip backfill`; return the exit status."""
+def run(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
+    """Run `heimdex-clip backfill`, or `sync`; return the exit status."""
     needs_endpoint = not args.dry_run or args.reembed
     overrides = {} if needs_endpoint else {"backend": "off"}
     was_at_work = True
@@ -390,7 +440,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("CLIP_INFERENCE_BACKEND is off: a backfill needs runpod or local")
         with ClipClient.from_env(parallel=1, **overrides) as client:
             progress = console.Progress("img", prefix="[INFO] ", smoothing=0.05)
-            summary = _backfill(args, client, settings, progress)
+            summary = _backfill(args, client, settings, progress, follow)
     except (UsageError, SettingsError) as error:
         console.say(str(error))
         return console.Status.USAGE
@@ -405,6 +455,8 @@ def run(args: argparse.Namespace) -> int:
         if was_at_work:
             console.say("What is done is kept: the same command goes on from here.", "INFO")
         return console.Status.FAILED
+    if args.poll is not None:  # a process that goes on ends by a signal, or at its maximum cost
+        return console.Status.DONE
     if summary["status"] == "interrupted":
         return console.Status.INTERRUPTED
     return _status(summary)

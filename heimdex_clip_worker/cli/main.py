@@ -49,15 +49,30 @@ VECTORS = [
     Command(
         "search", "cli.search", "find the images that a text, or an image, is about",
         ("search 'a cat on a sofa' --in vectors.parquet --top 10 --backend local",
-         "search 'a red car' --in scenes.parquet --show title --show url"),
+         "search 'a red car' --in scenes.parquet --show title --show url",
+         "search 'a red car' --database postgresql://app@db/heimdex --html cars.html",
+         "search --like 3f2b --join 'JOIN videos v ON v.id = t.video_id' "
+         "--filter 'v.owner_id = 7'"),
     ),
     Command(
         "backfill", "cli.backfill", "make a vector for each image of a table, restartable",
         ("backfill scenes.csv --url-column url --out vectors.parquet",),
     ),
     Command(
+        "sync", "cli.sync", "keep the vectors of a table in step with its images",
+        ("sync --install", "sync"),
+    ),
+    Command(
+        "status", "cli.status", "show how far a table is, and what fails or waits",
+        ("status --max-age 600",),
+    ),
+    Command(
         "audit", "cli.audit", "say what the vectors of a table are, and repair the wrong ones",
         ("audit --database postgresql://app@db/heimdex --backend local",),
+    ),
+    Command(
+        "migrate", "cli.migrate", "move a column of vectors to another space or precision",
+        ("migrate add --to clip_v2 --type 'vector(768)'",), passes_on=True,
     ),
 ]  # fmt: skip
 

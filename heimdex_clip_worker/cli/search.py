@@ -102,9 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../../nbs/13e_search.ipynb #query-of
 def _check_file(args: argparse.Namespace) -> None:
     """Raise CommandError unless there is a file, and the options are for one."""
-    from heimdex_clip_worker.cli.search_table import FOR_A_TABLE
+    from heimdex_clip_worker.cli import search_table
 
-    for name in FOR_A_TABLE:
+    for name in search_table._FOR_A_TABLE:
         if getattr(args, name):
             problem = f"--{name.replace('_', '-')} is for a --database, and --in names a file"
             raise CommandError(problem, status=Status.USAGE)

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from ..backfill.postgres import Database
-from ..backfill.rows import BackfillError, RowError, UsageError
+from ..backfill.rows import BackfillError, Outage, RowError, UsageError
+from ..backfill.supabase import Bucket
 from . import backfill, search
 from .console import CommandError, Status, is_url, printable, say, table
 from .embed import Input
-from ..database.search import Match, Space, TableSearch
-from ..settings import ClientSettings
+from ..database.search import Match, RowSpace, TableSearch
+from ..settings import CLIENT_VARIABLES, in_environ
 
 # %% auto #0
-__all__ = ['FOR_A_TABLE', 'add_table_arguments', 'search_table']
+__all__ = ['add_table_arguments', 'search_table']
 
 # %% ../../nbs/13ea_search_table.ipynb #add-table-arguments
-FOR_A_TABLE = (
+_FOR_A_TABLE = (
     "database", "like", "join", "filter", "function", "argument", "vector_argument", "set", "html",
 )
 
@@ -118,7 +119,7 @@ def _picture(url: str | None, alt: str, link: bool = True) -> str:
     """Write an image, or its text where there is none."""
     if not url or not is_url(url):  # guard: no script as a URL
         return f'<div class="picture">no image<br>{_text(alt)}</div>' if link else ""
-    image = f'<img src="{html.escape(url)}" alt="{_text(alt)}" loading="lazy" decoding="async">'
+    image = f'<img src="{html.escape(url)}" alt="{_text(alt)}" loading="lazy">'
     if not link:
         return image
     return f'<a class="picture" href="{html.escape(url)}" rel="noreferrer noopener">{image}</a>'
@@ -126,8 +127,8 @@ def _picture(url: str | None, alt: str, link: bool = True) -> str:
 
 def _card(number: int, match: Match, show: Sequence[str]) -> str:
     """Write the card of one match."""
-    pairs = zip(show, match.columns, strict=True)
-    shown = "".join(f"<dt>{_text(n)}</dt><dd>{_text(search._cell(v))}</dd>" for n, v in pairs)
+    pairs = [(n, search._cell(v)) for n, v in zip(show, match.columns, strict=True)]
+    shown = "".join(f"<dt>{_text(n)}</dt><dd>{_text(v)}</dd>" for n, v in pairs if v)
     score = f"{match.score:.4f}"
     meter = f'<meter min="0" max="1" value="{max(match.score, 0):.4f}" aria-hidden="true"></meter>'
     return (
@@ -167,11 +168,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _with_urls(
-    matches: list[Match], args: argparse.Namespace, settings: ClientSettings
-) -> list[Match]:
-    """Sign the paths of matches; those of a public table have URLs."""
-    bucket = backfill.open_bucket(args, settings, lifetime_s=_SIGNED_S)
+def _with_urls(matches: list[Match], bucket: Bucket | None) -> list[Match]:
+    """Sign the paths of matches; without a bucket, matches have URLs. Raise Outage."""
     if bucket is None or not matches:
         return matches
     urls = iter(bucket.sign([match.url for match in matches if match.url]))
@@ -188,9 +186,9 @@ def _find(table_search: TableSearch, vector: list[float], wanted: int, args: Any
         arguments = dict(args.argument)
         call = (args.function, arguments, args.vector_argument)
         matches = table_search.by_function(vector, wanted, *call)
-        if len(matches) < wanted:
+        if len(matches) < args.top:
             say(
-                f"{args.function} returned {len(matches)} rows, and {wanted} are wanted. If it has "
+                f"{args.function} returned {len(matches)} rows of {args.top}. If it has "
                 "no limit of its own, its condition may come after the index: compare with "
                 "--exact, and raise --set hnsw.ef_search=400", "WARNING",
             )  # fmt: skip
@@ -224,42 +222,50 @@ def _open_search(args: argparse.Namespace, database: Database) -> TableSearch:
     if (args.argument or args.vector_argument) and not args.function:
         raise UsageError("--argument needs --function: the argument of which function?")
     url = args.path_column or args.url_column or ("thumbnail_url" if args.html else "")
-    return TableSearch(
+    table_search = TableSearch(
         database, table=args.table, id_column=args.id_column, url_column=url,
         vector_column=args.vector_column, metadata_column=args.metadata_column,
         join=args.join, condition=args.filter, settings=dict(args.set), show=args.show,
         exact=args.exact,
     )  # fmt: skip
+    if args.function:
+        table_search.check_function(args.function, dict(args.argument), args.vector_argument)
+    return table_search
 
 
-def _embed(source: Input, args: argparse.Namespace) -> tuple[list[float], Space]:
+def _embed(source: Input, args: argparse.Namespace) -> tuple[list[float], RowSpace]:
     """Embed the query; raise CommandError, SettingsError, ModelError, ClipInferenceError."""
     result = search._query_vector(source, args.backend, args.seeded)
     if result["pretrained"] == "seeded":
         say("The weights are random: the order means nothing", "WARNING")
-    return result["embedding"], Space(result["space_id"], result["model"], result["pretrained"])
+    return result["embedding"], RowSpace(result["space_id"], result["model"], result["pretrained"])
 
 # %% ../../nbs/13ea_search_table.ipynb #search-table
+_VARIABLES = ("database_url", "supabase_url", "supabase_key", "supabase_bucket")
+
+
 def search_table(args: argparse.Namespace, source: Input | None) -> int:
     """Search a table for `source`, or for rows like that of `--like`; raise CommandError."""
-    settings = ClientSettings.from_env(backend="off")
-    conninfo = args.database or settings.database_url
+    settings = in_environ({name: CLIENT_VARIABLES[name] for name in _VARIABLES})
+    conninfo = args.database or settings["database_url"]
     if not conninfo:
         problem = "Search where? Name a file of vectors with --in, or a --database (DATABASE_URL)"
         raise CommandError(problem, status=Status.USAGE)
+    options = argparse.Namespace(**settings)
     try:
+        bucket = backfill.open_bucket(args, options, lifetime_s=_SIGNED_S) if args.html else None
         with closing(Database(conninfo, patience_s=0)) as database:
-            return _search(args, source, settings, _open_search(args, database))
+            return _search(args, source, bucket, _open_search(args, database))
     except UsageError as error:
         raise CommandError(str(error), status=Status.USAGE) from error
-    except BackfillError as error:
+    except (BackfillError, Outage) as error:
         raise CommandError(str(error)) from error
 
 
 def _search(
     args: argparse.Namespace,
     source: Input | None,
-    settings: ClientSettings,
+    bucket: Bucket | None,
     table_search: TableSearch,
 ) -> int:
     """Search, and show what was found."""
@@ -271,6 +277,7 @@ def _search(
         vector, space = _embed(source, args)
     table_search.check(space, args.trust_unknown)  # guard: cosines within one space
     matches = _find(table_search, vector, args.top + (own is not None), args)
+    # guard: a sample has not seen every row
     table_search.check_matches(space, matches, args.trust_unknown)
     matches = [m for m in matches if own is None or m.id != own.id][: args.top]
     if not matches:
@@ -278,7 +285,7 @@ def _search(
         return Status.FAILED
     _show(matches, args)
     if args.html:
-        _write_page(args, source, own, matches, settings)
+        _write_page(args, source, own, _with_urls([own, *matches] if own else matches, bucket))
     return Status.DONE
 
 
@@ -286,14 +293,13 @@ def _write_page(
     args: argparse.Namespace,
     source: Input | None,
     own: Match | None,
-    matches: list[Match],
-    settings: ClientSettings,
+    matches: list[Match],  # with `own` as the first
 ) -> None:
     """Write the page that `--html` names."""
-    pictures = _with_urls([own, *matches] if own else matches, args, settings)
-    query_url = pictures[0].url if own else source.value if source.form == "url" else None
-    title = f"Like row {own.id}" if own else source.name
+    query_url = matches[0].url if own else source.value if source.form == "url" else None
+    title = f"Like row {own.id}" if own else search._plain(source.name)
     where = args.function or args.filter
-    about = f"{len(matches)} matches in {args.table}" + (f", {where}" if where else "")
-    _write(args.html, _page(title, about, query_url, pictures[bool(own) :], args.show))
+    shown = matches[bool(own) :]
+    about = f"{len(shown)} matches in {args.table}" + (f", {where}" if where else "")
+    _write(args.html, _page(title, about, query_url, shown, args.show))
     say(f"{args.html} has the images", "INFO")

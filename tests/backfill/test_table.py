@@ -16,9 +16,10 @@ import pytest
 
 from heimdex_clip_worker.backfill.files import FileSource
 from heimdex_clip_worker.backfill.postgres import Database, PostgresSink
-from heimdex_clip_worker.backfill.rows import BackfillError, Row, Selection, UsageError
+from heimdex_clip_worker.backfill.rows import BackfillError, Row, Selection, UsageError, success
 from heimdex_clip_worker.backfill.run import Options, Run
 from heimdex_clip_worker.cli import backfill as command
+from heimdex_clip_worker.database.triggers import Triggers
 
 pytestmark = pytest.mark.postgres
 FACTS = {"space_id": "5", "model": "ViT-B-32", "pretrained": "openai", "normalized": True}
@@ -488,3 +489,61 @@ def test_two_spellings_of_one_id_are_one_row(server: Server, tmp_path: Path, bat
     outcome = Outcome(sink, source, batch=batch)
     assert server.done(table) == [3, 7]
     assert (outcome.done, outcome.failed) == (2, {"DUPLICATE_ID": 2})
+
+
+def test_a_result_of_another_picture_is_not_written(server: Server) -> None:
+    table = server.make("another_picture", 2)
+    sink = server.sink(table)
+    (page,) = sink.pages(10)
+    rows, _ = sink.claim(page)
+    server.do(f"UPDATE {table} SET thumbnail_url = 'https://x/9' WHERE id = 1")
+    item = {"embedding": [0.0, 1.0], **FACTS}
+    assert [r.row.id for r in sink.finish([success(row, item, "v1") for row in rows])] == [0]
+    assert server.leases(table) == 0 and [[row.source for row in p] for p in sink.pages(9)] == [
+        ["https://x/9"]
+    ]
+    sink.close(complete=True)
+
+
+def test_a_run_ends_when_a_changed_row_has_its_new_picture(server: Server) -> None:
+    table = server.make("changed_while_sent")
+    sink, embed = server.sink(table), Client.embed_image_batch
+
+    def change(self: Client, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        server.do(f"UPDATE {table} SET thumbnail_url = 'https://x/7' WHERE id = 3")
+        return embed(self, items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "embed_image_batch", change)
+        outcome = Outcome(sink)
+    query = f"SELECT id, embedding_visual_clip::extensions.vector::real[] FROM {table}"
+    vectors = {row_id: vector[0] for row_id, vector in server.do(query)}
+    assert outcome.reason == "done" and vectors == {n: n for n in range(10)} | {3: 7}
+
+
+def installed(server: Server, table: str) -> Triggers:
+    """Install the triggers of `sync` on a table."""
+    sink = server.sink(table, "postgres")
+    triggers = Triggers(sink.database, sink)
+    triggers.apply(triggers.install())
+    sink.close(complete=True)
+    return triggers
+
+
+def test_another_picture_clears_vector_failure_and_lease(server: Server) -> None:
+    table = server.make("cleared", 3)
+    installed(server, table)
+    facts = {"mine": 1, "space_id": "5", "code": "X", "attempts": 2, "backfill_lease": {}}
+    server.do(f"UPDATE {table} SET embedding_visual_clip = '[1,0]', visual_clip_metadata = %s",
+              json.dumps(facts))  # fmt: skip
+    server.do(f"UPDATE {table} SET thumbnail_url = 'https://x/9' WHERE id = 1")
+    server.do(f"UPDATE {table} SET thumbnail_url = thumbnail_url")
+    rows = server.do(f"SELECT embedding_visual_clip, visual_clip_metadata FROM {table} ORDER BY id")
+    assert [vector is None for vector, _ in rows] == [False, True, False]
+    assert rows[1][1].keys() == {"mine", "waiting_since"} and rows[2][1].keys() == facts.keys()
+
+
+def test_the_functions_of_triggers_have_a_fixed_search_path(server: Server) -> None:
+    installed(server, server.make("safe", 1))
+    query = "SELECT DISTINCT proconfig, prosecdef FROM pg_proc WHERE proname LIKE 'heimdex_%%'"
+    assert server.do(query) == [(["search_path=pg_catalog, pg_temp"], False)]

@@ -63,6 +63,8 @@ CASES = {  # the command's words -> status, and a line on stderr
     "embed --text cat --out vectors.out": (1, BACKFILL),
     "backfill rows.parquet --url-column url --out vectors.out": (1, BACKFILL),
     "backfill --table t --database postgresql://127.0.0.1:9/x": (1, BACKFILL),
+    "search cat --database postgresql://127.0.0.1:9/x": (1, BACKFILL),
+    "migrate --to x --database postgresql://127.0.0.1:9/x": (1, BACKFILL),
     "sign https://host/1.jpg": (0, r"\[INFO\] Signed, version 1: .*"),
     "deploy --image ghcr.io/a/b:1 --dry-run": (0, ""),
     "undeploy --dry-run": (0, ""),

@@ -38,9 +38,12 @@ FILES = {
     "preprocess": "model/preprocess.py", "image": "model/image.py", "golden": "model/golden.py",
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
+    "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
     "endpoint": "remote/endpoint.py",
     "settings": "settings.py", "process": "serving/process.py",
     "client": "client.py", "deploy": "cli/deploy.py",
+    "search": "database/search.py", "search_table": "cli/search_table.py",
+    "migrate": "database/migrate.py", "migrate_command": "cli/migrate.py",
     "audit": "database/audit.py", "audit_command": "cli/audit.py",
 }  # fmt: skip
 TESTS = {
@@ -70,6 +73,8 @@ TESTS = {
     "weights": ["tests/model/test_bake.py"],
     "rows": ["tests/backfill/test_files.py"],
     "files": ["tests/backfill/test_files.py"],
+    "postgres": ["tests/backfill/test_table.py"],
+    "triggers": ["tests/backfill/test_table.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
     "process": [
@@ -77,6 +82,10 @@ TESTS = {
     ],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
+    "search": ["tests/database/test_search_table.py"],
+    "search_table": ["tests/database/test_search_table.py"],
+    "migrate": ["tests/database/test_migrate.py"],
+    "migrate_command": ["tests/database/test_migrate.py"],
     "audit": ["tests/backfill/test_audit_table.py"],
     "audit_command": ["tests/cli/test_audit.py"],
 }
@@ -326,6 +335,13 @@ FILES_OF_ROWS = [
     ("bytes are decoded cell by cell", NEVER),
     ("small floats are exact", NEVER),
 ]
+POSTGRES = [
+    ("a result is of its picture", (r"_IS_SAME_URL if has_url else ", "")),
+]
+TRIGGERS = [
+    ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),
+    ("another picture clears the vector", (r'\["changed"\]', "[]")),
+]
 ENDPOINT = [
     ("a response has a deadline", NEVER),
     ("a response has a size", NEVER),
@@ -354,6 +370,26 @@ CLIENT = [
 ]
 DEPLOY = [
     ("one GPU is paid for", NEVER),
+]
+SEARCH = [
+    ("a condition loses no rows", SKIP),
+    ("the user's SQL changes nothing", SKIP),
+]
+SEARCH_TABLE = [
+    ("text stays text", (r"return .*", "return str(value)")),
+    ("no script as a URL", (r" or not is_url\(url\)", "")),
+    ("signed URLs are for this user", ("0o600", "0o644")),
+    ("cosines within one space", SKIP),
+    ("a sample has not seen every row", SKIP),
+]
+MIGRATE = [
+    ("readers wait for a moment only", SKIP),
+    ("a vector never belongs to another picture", NEVER),
+    ("hidden rows are counted too", SKIP),
+    ("no row loses its vector", NEVER),
+]
+MIGRATE_COMMAND = [
+    ("a type alone", NEVER),
 ]
 AUDIT = [
     ("a repair leaves rows with another picture alone", (r'".*",', '"has_same_url": "true",')),
@@ -387,11 +423,17 @@ GUARDS = [
         ("weights", WEIGHTS),
         ("rows", ROWS),
         ("files", FILES_OF_ROWS),
+        ("postgres", POSTGRES),
+        ("triggers", TRIGGERS),
         ("endpoint", ENDPOINT),
         ("settings", SETTINGS),
         ("process", PROCESS),
         ("client", CLIENT),
         ("deploy", DEPLOY),
+        ("search", SEARCH),
+        ("search_table", SEARCH_TABLE),
+        ("migrate", MIGRATE),
+        ("migrate_command", MIGRATE_COMMAND),
         ("audit", AUDIT),
         ("audit_command", AUDIT_COMMAND),
     )

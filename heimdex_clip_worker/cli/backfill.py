@@ -25,6 +25,7 @@ from ..backfill.rows import BackfillError, RowSource, Selection, Sink, UsageErro
 from ..backfill.supabase import Bucket
 from . import backfill_ray, console
 from ..client import ClipClient
+from ..database.audit import AuditTable, Faults
 from ..errors import ClipInferenceError, SettingsError, redact_urls, without_query
 from ..settings import ClientSettings
 
@@ -87,6 +88,8 @@ def _add_selection(group: Any) -> None:
         help="also rows that failed before, where a retry can help")  # fmt: skip
     group.add_argument("--reembed", action="store_true",
         help="also vectors of another space or model version")  # fmt: skip
+    group.add_argument("--only", type=Path, metavar="FILE",
+        help="the rows in a file of `audit --out`, whatever vector they have")  # fmt: skip
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="at most N rows")
     group.add_argument("--dry-run", action="store_true",
         help="check, count, estimate, show some rows; write nothing")  # fmt: skip
@@ -166,6 +169,8 @@ def _open_source_and_sink(
         raise UsageError("--out and --table: vectors go to one place")
     if args.source and args.query:
         raise UsageError("a file and --query: rows come from one place")
+    if args.only and (args.out or args.reembed or not is_own_source):
+        raise UsageError("--only names rows of the table: no FILE, --query, --out or --reembed")
     source: Any = None
     if args.source:
         source = FileSource(Path(args.source[0]), **columns)
@@ -178,6 +183,8 @@ def _open_source_and_sink(
         choices = [named, None if args.path_column else "thumbnail_url"]
         columns["url_choices"] = tuple(filter(None, choices))
     columns |= {"vector_column": args.vector_column, "metadata_column": args.metadata_column}
+    if args.only:
+        source = Faults.read(args.only, AuditTable(open_database(), table=table, **columns))
     options = {"lease_s": args.lease, "patience_s": _patience_s(args), "is_lasting": args.follows}
     options["add_missing"] = bool(args.source)
     sink = PostgresSink(open_database(), selection, table=table, **columns, **options)
@@ -378,6 +385,8 @@ def _backfill(
     selection = Selection(
         args.retry_failed, args.reembed, settings.space_id, version, args.retries, args.follows
     )
+    if args.only:  # also vectors whose metadata says that they are of this space
+        selection = replace(selection, reembed=True, space_id="")
     bucket = open_bucket(args, settings)
     source, sink = _open_source_and_sink(args, selection, open_database)
     status = ""

@@ -141,13 +141,15 @@ def _inputs(
 # %% ../../nbs/13d_embedding.ipynb #open-local
 def _open_local(
     seeded: str | None = None,  # a folder for random weights
+    with_files: bool = True,  # else the backend accepts URLs only
+    **variables: str,  # of the worker, instead of those of this process
 ) -> Any:  # LocalBackend
     """Load the model; raise CommandError, SettingsError, StartError."""
     start = time.monotonic()
     from heimdex_clip_worker.remote.local import LocalBackend, check_settings, worker_settings
 
     with console.needs("worker", "Embedding on this machine (backend local)"):
-        env = worker_variables()
+        env = worker_variables() | variables
         if seeded:
             from heimdex_clip_worker.cli.demo import seeded_variables
 
@@ -159,7 +161,7 @@ def _open_local(
     set_up_logging("ERROR")
     say(f"Loading {settings.model_name} ({settings.pretrained})", "INFO")
     try:
-        backend = LocalBackend(settings, with_files=True)
+        backend = LocalBackend(settings, with_files=with_files)
     except ModelError as error:
         if env.get("CLIP_PRETRAINED"):
             raise

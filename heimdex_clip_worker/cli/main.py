@@ -67,6 +67,10 @@ VECTORS = [
         ("status --max-age 600",),
     ),
     Command(
+        "audit", "cli.audit", "say what the vectors of a table are, and repair the wrong ones",
+        ("audit --database postgresql://app@db/heimdex --backend local",),
+    ),
+    Command(
         "migrate", "cli.migrate", "move a column of vectors to another space or precision",
         ("migrate add --to clip_v2 --type 'vector(768)'",), passes_on=True,
     ),

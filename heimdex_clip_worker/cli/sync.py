@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first plan an attempt, now, for all failures that may pass")  # fmt: skip
     backfill.add_pace(parser.add_argument_group("how fast, and for how much"))
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(follows=True, source=[], query=None, out=None, limit=None,
+    parser.set_defaults(follows=True, source=[], query=None, out=None, limit=None, only=None,
         retry_failed=False, reembed=False, dry_run=False)  # fmt: skip
 
 # %% ../../nbs/13l_sync.ipynb #open-sink

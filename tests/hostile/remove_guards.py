@@ -48,6 +48,7 @@ FILES = {
     "search": "database/search.py", "search_table": "cli/search_table.py",
     "migrate": "database/migrate.py", "migrate_command": "cli/migrate.py",
     "index": "database/index.py", "recall": "database/recall.py",
+    "audit": "database/audit.py", "audit_command": "cli/audit.py",
 }  # fmt: skip
 TESTS = {
     "auth": [f"{HOSTILE}/test_auth_rows.py", "tests/test_auth.py"],
@@ -99,6 +100,8 @@ TESTS = {
     "migrate_command": ["tests/database/test_migrate.py"],
     "index": ["tests/database/test_index.py"],
     "recall": ["tests/database/test_index.py"],
+    "audit": ["tests/backfill/test_audit_table.py"],
+    "audit_command": ["tests/cli/test_audit.py"],
 }
 
 
@@ -447,6 +450,14 @@ INDEX = [
     ("no index is dropped that another process may be building", NEVER),
 ]
 RECALL = [("a measurement changes nothing, whatever SQL it is given", SKIP)]
+AUDIT = [
+    ("a repair leaves rows with another picture alone", (r'".*",', '"has_same_url": "true",')),
+    ("a repair leaves newer vectors alone", (r'""".*"""', '"true"')),
+    ("a repair with the wrong model is refused", NEVER),
+]
+AUDIT_COMMAND = [
+    ("a table names no files of this machine", (r"with_files", "True")),
+]
 GUARDS = [
     Guard(module, *entry)
     for module, entries in (
@@ -490,6 +501,8 @@ GUARDS = [
         ("migrate_command", MIGRATE_COMMAND),
         ("index", INDEX),
         ("recall", RECALL),
+        ("audit", AUDIT),
+        ("audit_command", AUDIT_COMMAND),
     )
     for entry in entries
 ]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13p_audit.ipynb #thumbnail
 _SIDES = (224, 256, 320, 384, 512)  # pixels; of the long side
@@ -592,7 +592,7 @@ def run(args: argparse.Namespace) -> int:
         console.say(str(error))
         return console.Status.USAGE
     except (BackfillError, ClipInferenceError) as error:
-        console.say(backfill._message(error))
+        console.say(backfill.message_of(error))
         return console.Status.FAILED
 
 

@@ -33,7 +33,7 @@ from ..settings import ClientSettings
 from ..backfill.rows import RowError
 
 # %% auto #0
-__all__ = ['number', 'add_columns', 'add_pace', 'add_arguments', 'open_bucket', 'run', 'run_here', 'status_of']
+__all__ = ['add_columns', 'add_pace', 'open_bucket']
 
 # %% ../../nbs/13h_backfill.ipynb #number
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:

@@ -26,7 +26,7 @@ _USUAL = {
     "shard_rows": Layout.shard_rows, "bytes_column": "", "keep": [],
 }  # fmt: skip
 _ELSEWHERE = (  # options of the plain engine alone
-    "query", "table", "database", "path_column", "bucket", "limit", "max_cost",
+    "query", "table", "database", "path_column", "bucket", "limit", "max_cost", "only",
 )  # fmt: skip
 
 

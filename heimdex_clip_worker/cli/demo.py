@@ -32,7 +32,7 @@ from ..model.photos import PHOTOS
 from ..settings import environment_for, worker_variables
 
 # %% auto #0
-__all__ = ['has_real_weights', 'seeded_checkpoint', 'add_arguments', 'run']
+__all__ = ['has_real_weights', 'seeded_checkpoint']
 
 # %% ../../nbs/13_demo.ipynb #check-packages
 _PACKAGES = ("torch", "torchvision", "open_clip", "safetensors", "huggingface_hub", "PIL")

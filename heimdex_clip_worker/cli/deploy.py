@@ -25,7 +25,7 @@ from ..errors import SettingsError
 from ..settings import MIN_SECRET_BYTES, VARIABLES, DeploySettings, Settings
 
 # %% auto #0
-__all__ = ['add_arguments', 'run', 'add_undeploy_arguments', 'run_undeploy']
+__all__ = []
 
 # %% ../../nbs/15_deploy.ipynb #configuration
 _GPU_POOLS = ("ADA_24", "ADA_48_PRO", "AMPERE_80")

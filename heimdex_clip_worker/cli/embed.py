@@ -27,7 +27,7 @@ from ..errors import ModelError, without_query
 from ..settings import CLIENT_VARIABLES, in_environ, worker_variables
 
 # %% auto #0
-__all__ = ['Input', 'check_sources', 'add_backend', 'results', 'reason', 'add_arguments', 'run']
+__all__ = ['Input', 'check_sources', 'add_backend', 'results', 'reason']
 
 # %% ../../nbs/13d_embedding.ipynb #source
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from .console import Status
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13j_health.ipynb #lines
 def _lines(health: dict[str, Any]) -> str:  # of the client's `health_check`

@@ -26,7 +26,7 @@ from ..errors import ClipInferenceError, SettingsError, StartError
 from ..settings import CLIENT_VARIABLES, in_environ
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13n_index.ipynb #parse-values
 _UNITS = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}

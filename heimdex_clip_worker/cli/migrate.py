@@ -20,7 +20,7 @@ from ..database.migrate import Migration
 from ..settings import ClientSettings
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13q_migrate.ipynb #add-arguments
 _STEPS = {

@@ -22,7 +22,7 @@ from .console import say
 from ..emulator.server import Emulator, EmulatorServer
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13i_platform.ipynb #lines-for-callers
 SIGNING_VARIABLES = ("EMBEDDING_HMAC_SECRET", "EMBEDDING_HMAC_KEYS")

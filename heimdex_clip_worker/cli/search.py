@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13e_search.ipynb #cosines
 def _cosines(

@@ -21,7 +21,7 @@ from ..errors import WorkerError
 from ..settings import CLIENT_VARIABLES, base_url, in_environ, is_loopback
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13b_request.ipynb #pick-key
 def _pick_key(

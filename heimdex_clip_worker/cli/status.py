@@ -17,7 +17,7 @@ from ..errors import SettingsError
 from ..settings import ClientSettings
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13m_status.ipynb #add-arguments
 _EPILOG = """examples:

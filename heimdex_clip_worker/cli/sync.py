@@ -19,7 +19,7 @@ from ..errors import SettingsError
 from ..settings import ClientSettings
 
 # %% auto #0
-__all__ = ['add_table', 'add_arguments', 'open_sink', 'run']
+__all__ = ['add_table', 'open_sink']
 
 # %% ../../nbs/13l_sync.ipynb #add-table
 def add_table(group: argparse._ArgumentGroup) -> None:

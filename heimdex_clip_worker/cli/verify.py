@@ -18,7 +18,7 @@ from ..errors import ModelError, WorkerError
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13g_verify.ipynb #check
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 from .console import Status, needs
 
 # %% auto #0
-__all__ = ['add_arguments', 'run']
+__all__ = []
 
 # %% ../../nbs/13k_worker.ipynb #add-arguments
 _SDK_OPTIONS = """\

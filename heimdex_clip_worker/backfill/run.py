@@ -83,9 +83,13 @@ def _read_answer(row: Row, answer: dict[str, Any], model_version: str) -> RowRes
     return success(row, answer, model_version)
 
 # %% ../../nbs/11d_backfill.ipynb #batch
+_OF_THE_WORKER = ("INFERENCE_FAILED", "INTERNAL")  # codes that say nothing about the image
+
+
 def _is_temporary(error: RowError) -> bool:
-    """True unless the code is one of the worker's own, or that of a missing object."""
-    return error.code not in {*error_table(), "MISSING_OBJECT"}
+    """True unless the code says what is wrong with the image, or that there is none."""
+    of_the_image = {*error_table(), "MISSING_OBJECT"} - {*_OF_THE_WORKER}
+    return error.code not in of_the_image
 
 
 @dataclass
@@ -115,9 +119,10 @@ class _Batch:
         # Each half starts with the counts of a batch that has failed once.
         return [replace(self, rows=part, failures=1, strikes=0) for part in parts]
 
-    def is_last_attempt(self) -> bool:
-        """True if the next failure of this single row is recorded."""
-        return len(self.rows) == 1 and self.strikes >= 3
+    def is_last_attempt(self, code: str = "") -> bool:
+        """True if the next failure of this single row, with this code, is recorded."""
+        is_answered = code in _OF_THE_WORKER  # by a worker, so the endpoint is not down
+        return len(self.rows) == 1 and (self.strikes >= 3 or (is_answered and self.failures >= 5))
 
 # %% ../../nbs/11d_backfill.ipynb #circuit-breaker
 class _CircuitBreaker:
@@ -446,7 +451,7 @@ class Run:
         for row, answer in zip(batch.rows, answers, strict=True):
             if isinstance(answer, RowResult):
                 results.append(answer)
-            elif _is_temporary(answer) and not batch.is_last_attempt():
+            elif _is_temporary(answer) and not batch.is_last_attempt(answer.code):
                 again.append(row)
                 message = str(answer)
             else:
@@ -454,6 +459,7 @@ class Run:
         if results:
             self._check_space(results)
             self._write(results)
+        if any(isinstance(answer, RowResult) or not _is_temporary(answer) for answer in answers):
             self._breaker.succeed()
         if again:
             self._retry(replace(batch, rows=again), sent_at, message)

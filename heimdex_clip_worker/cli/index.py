@@ -413,9 +413,8 @@ def _describe_others(report: dict[str, Any]) -> list[str]:
         slowest = max(report["groups"][name]["exact_p95_ms"] for name in values)
         lines.append(f"exact      comparing all rows of a value loses nothing: p95 {slowest} ms")
     if other.get("reads_all"):
-        lines.append("           no index leads from the filter to its rows, so all of the table "
-                     "are read:")  # fmt: skip
-        lines.append("           create indexes on the columns of the join and the filter")
+        lines.append("           no index leads from the filter to its rows, so the whole table "
+                     "is read for them")  # fmt: skip
     partial = other.get("partial")
     if partial and partial["possible"]:
         facts = f"p95 {partial['p95_ms']} ms, {_size(partial['bytes'])}"

@@ -517,23 +517,32 @@ def advise(report: dict[str, Any], search: Search) -> list[str]:
     if not report["below_goal"]:
         return []
     best, x = report["best"], search.column.sql("{x}").as_string(None)
+    first = _filter_indexes(search) if report["other"].get("reads_all") else []
     if best is None:
-        return _advise_without_setting(report, search)
+        return first + _advise_without_setting(report, search)
     pairs = [f"{name} = {value}" for name, value in best["settings"].items()]
-    groups = report["groups"].values()
-    exact_ms = sum(group["exact_p50_ms"] for group in groups) / len(groups)
-    note = []
-    if best["ms"] > exact_ms / 2 and report["other"].get("reads_all"):
-        note = ["-- about as slow as the exact order: first create indexes on the columns of the",
-                "-- join and the filter, and check again"]  # fmt: skip
     if search.call is not None:
         pairs.append("plan_cache_mode = force_custom_plan")  # as it was measured
         load = f"SELECT '[1]'::{x}.vector;  -- loads pgvector, or only a superuser may set this"
         change = f"ALTER FUNCTION {search.call.signature} SET"
-        return [*note, load, *(f"{change} {pair};" for pair in pairs)]
+        return [*first, load, *(f"{change} {pair};" for pair in pairs)]
     again = ", whose rows are to be sorted again" if "relaxed_order" in str(pairs) else ""
     sets = [f"SET LOCAL {pair};" for pair in pairs]
-    return [*note, "BEGIN;", *sets, f"-- the search{again}", "COMMIT;"]
+    return [*first, "BEGIN;", *sets, f"-- the search{again}", "COMMIT;"]
+
+
+def _filter_indexes(search: Search) -> list[str]:
+    """Write indexes that lead from a value of the filter to its rows, as the SQL tells."""
+    name = r'((?:"[^"]+"|\w+)(?:\.(?:"[^"]+"|\w+))?)'
+    tables = {"t": search.column.sql("{table}").as_string(None)}
+    joined = rf"(?i)\bJOIN\s+{name}\s+(?:AS\s+)?(\w+)\s+ON\b"
+    for table, alias in re.findall(joined, search.join):
+        tables[alias] = table
+    columns = [("t", column) for column in re.findall(r'\bt\.("[^"]+"|\w+)', search.join)]
+    columns += re.findall(r'^\s*(\w+)\.("[^"]+"|\w+)\s*$', search.filter)
+    lines = [f"CREATE INDEX CONCURRENTLY ON {tables[a]} ({c});" for a, c in columns if a in tables]
+    note = "-- no index leads from the filter to its rows; with one, the exact order is quick"
+    return [note, *dict.fromkeys(lines), "-- then check again"]
 
 
 def _advise_without_setting(report: dict[str, Any], search: Search) -> list[str]:

@@ -28,6 +28,12 @@ def largest_batch(max_batch: int, device: str) -> int:
 _Entry = tuple[Any, "asyncio.Future[tuple[Any, float]]"]  # an item, and the future of its result
 
 
+def _run_timed(run: Callable[[list[Any]], list[Any]], items: list[Any]) -> tuple[list[Any], float]:
+    """Run items in this thread; return the results, and the time when the run began."""
+    began = time.perf_counter()
+    return run(items), began
+
+
 async def _run_batch(
     run: Callable[[list[Any]], list[Any]],  # n items -> n results
     pool: Any,  # where it runs: the threads of a Watchdog
@@ -37,16 +43,16 @@ async def _run_batch(
     entries = [entry for entry in entries if not entry[1].done()]
     if not entries:
         return
-    began = time.perf_counter()
     try:
-        results = await pool.run(run, [item for item, _ in entries])
+        results, began = await pool.run(_run_timed, run, [item for item, _ in entries])
         if len(results) != len(entries):
             raise InferenceFailed(detail=f"{len(results)} results for {len(entries)} items")
     except Exception as error:
-        middle = len(entries) // 2
+        can_split = len(entries) > 1
         if getattr(error, "fatal", False):  # guard: a fatal fault is not retried
-            middle = 0
-        if middle:  # guard: a bad batch is halved
+            can_split = False
+        if can_split:  # guard: a bad batch is halved
+            middle = len(entries) // 2
             await _run_batch(run, pool, entries[:middle])
             await _run_batch(run, pool, entries[middle:])
             return
@@ -71,7 +77,13 @@ class Batcher:
         at_once: int = 1,  # most runs at a time
     ):
         self.run, self.pool, self.max_batch, self.at_once = run, pool, max_batch, at_once
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._use(None)
+
+    def _use(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Begin in an event loop; what waited in an earlier one is dropped."""
+        self._loop = loop
+        self._running: set[asyncio.Task[None]] = set()
+        self._entries: OrderedDict[object, deque[_Entry]] = OrderedDict()  # next job first
 
     async def submit(
         self,
@@ -80,10 +92,8 @@ class Batcher:
     ) -> tuple[Any, float]:  # its result, and when its run began
         """Run an item with others; return its result, or raise its own error."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # entries of an earlier loop are dropped
-            self._loop = loop
-            self._running: set[asyncio.Task[None]] = set()
-            self._entries: OrderedDict[object, deque[_Entry]] = OrderedDict()  # next job first
+        if self._loop is not loop:
+            self._use(loop)
         future = loop.create_future()
         job = object() if job is None else job
         self._entries.setdefault(job, deque()).append((item, future))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup; a backfill respects that
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> None:
+    """Give the package's log back to pytest: a command or a worker of this process has set it up."""
+    log = logging.getLogger("heimdex_clip_worker")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from heimdex_clip_worker.backfill.postgres import Database, PostgresSink
 from heimdex_clip_worker.backfill.rows import BackfillError, Selection, UsageError
 from heimdex_clip_worker.backfill.run import Options, Run
 from heimdex_clip_worker.cli import migrate as command
+from heimdex_clip_worker.database import migrate as migrate_module
 from heimdex_clip_worker.database.migrate import Migration
 from heimdex_clip_worker.database.search import RowSpace
 from heimdex_clip_worker.database.triggers import Triggers
@@ -280,7 +281,7 @@ def test_a_column_that_mixes_spaces_is_not_swapped(table: Table) -> None:
 def test_a_table_that_stays_locked_is_left_alone_and_can_be_read(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heimdex_clip_worker.database.migrate._ATTEMPTS", 2)
+    monkeypatch.setattr(migrate_module, "_ATTEMPTS", 2)
     move = table.move()
     with psycopg.connect(table.uri) as holder:
         holder.execute("SELECT count(*) FROM video_scenes")

@@ -20,6 +20,7 @@ from heimdex_clip_worker.backfill.postgres import Database
 from heimdex_clip_worker.backfill.rows import BackfillError
 from heimdex_clip_worker.cli import search
 from heimdex_clip_worker.cli.console import CommandError
+from heimdex_clip_worker.database import search as search_module
 from heimdex_clip_worker.database.search import RowSpace, TableSearch
 
 pytestmark = pytest.mark.postgres
@@ -172,10 +173,10 @@ def embed_as(space_id: str, pretrained: str = "openai") -> Any:
 def test_older_metadata_is_judged_by_model_and_weights(
     scenes: Scenes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "_query_vector", embed_as("5"))
+    monkeypatch.setattr(search_module, "_query_vector", embed_as("5"))
     found = find(scenes, "cat", capsys=capsys)
     assert [line["score"] for line in found.lines][0] == 1.0
-    monkeypatch.setattr(search, "_query_vector", embed_as("6", "laion2b"))
+    monkeypatch.setattr(search_module, "_query_vector", embed_as("6", "laion2b"))
     with pytest.raises(CommandError, match=r"5,000 of ViT-B-32 \(openai\); 0 are of the query's"):
         find(scenes, "cat", capsys=capsys)
 
@@ -208,7 +209,7 @@ def test_a_column_of_another_space_is_refused(
 def test_the_spaces_of_a_large_table_are_counted_in_a_part_of_it(
     scenes: Scenes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heimdex_clip_worker.database.search._SAMPLED_ROWS", 500)
+    monkeypatch.setattr(search_module, "_SAMPLED_ROWS", 500)
     with pytest.raises(BackfillError) as refused:
         scenes.search().check(RowSpace("6"))
     count = int(str(refused.value).partition(" of ViT")[0].rpartition(" ")[2].replace(",", ""))

@@ -153,6 +153,10 @@ def test_each_option_is_one_that_the_worker_accepts() -> None:
 def test_a_data_sheet_is_found_by_the_name_of_the_card() -> None:
     assert gpu.data_sheet_peak("NVIDIA H100 80GB HBM3", torch.float16) == 989e12
     assert gpu.data_sheet_peak("NVIDIA H100 PCIe", torch.float32) == 51e12
+    assert gpu.data_sheet_peak("NVIDIA H100 NVL", torch.bfloat16) == 835e12
+    assert gpu.data_sheet_peak("NVIDIA A100-SXM4-80GB", torch.float16) == 312e12
+    assert gpu.data_sheet_peak("NVIDIA L40S", torch.float16) == 362e12
+    assert gpu.data_sheet_peak("NVIDIA GeForce RTX 4090", torch.float32) == 82.6e12
     assert gpu.data_sheet_peak("NVIDIA L4", torch.bfloat16) == 121e12
     assert gpu.data_sheet_peak("NVIDIA B999", torch.float16) is None
 

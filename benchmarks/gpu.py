@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -130,7 +131,7 @@ class Found:
     """What a part has found so far; on disk at once."""
 
     path: Path
-    device: str  # cuda, cuda:N or cpu
+    device: str  # cuda or cpu
     is_short: bool
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -172,7 +173,7 @@ class Found:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Ask the driver's tool about the first GPU; empty if it is not there."""
+    """Ask the driver's tool about the GPU that torch sees first; empty if it is not there."""
     fields = "driver_version,memory.total,power.limit,clocks.max.sm,pcie.link.gen.current"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
@@ -180,7 +181,9 @@ def nvidia_smi() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     lines = done.stdout.strip().splitlines()
-    values = [value.strip() for value in lines[0].split(",")] if lines else []
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    number = int(first) if first.isdigit() and int(first) < len(lines) else 0
+    values = [value.strip() for value in lines[number].split(",")] if lines else []
     return dict(zip(fields.split(","), values, strict=False)) | {"gpus": str(len(lines))}
 
 
@@ -248,14 +251,28 @@ def tests(found: Found) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *command, f"--junitxml={report}"]
+        command = [sys.executable, "-u", "-m", "pytest", *command, "-vv", f"--junitxml={report}"]
         command += ["--gpu", "-m", "gpu"] if found.on_gpu else []
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout, done.stderr, sep="\n")
-        for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-            keep_case(found, case)
+        status = keep_lines(found, command)
+        if report.exists():  # it has more of each
+            found.values.pop("tests", None)
+            for case in ElementTree.parse(report).iter("testcase"):
+                keep_case(found, case)
     found.expect("tests" in found.values, "no test is marked gpu")
-    found.expect(done.returncode == 0, f"pytest ended with {done.returncode}; see the log")
+    found.expect(status == 0, f"pytest ended with {status}; see the log")
+
+
+def keep_lines(found: Found, command: list[str]) -> int:
+    """Run pytest, and keep each outcome as soon as it is printed; return the exit status."""
+    outcome = re.compile(r"(\S.*::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b")
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            if match := outcome.match(line):
+                found.row("tests", name=match[1], outcome=match[2].lower())
+    return process.returncode
 
 
 def keep_case(found: Found, case: ElementTree.Element) -> None:

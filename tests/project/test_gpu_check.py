@@ -127,6 +127,21 @@ def test_a_result_is_on_disk_before_its_part_has_ended(tmp_path: Path) -> None:
     assert seen and seen[0]["status"] == "running" and "child" in seen[0]["values"]
 
 
+def test_the_outcome_of_a_test_is_kept_before_the_next_one_ends(tmp_path, monkeypatch) -> None:
+    text = "import os, pytest\ndef test_one(): pass\n@pytest.mark.parametrize('n', ['a b'])\n"
+    text += "def test_two(n): assert 0\ndef test_three(): os._exit(3)\n"
+    (tmp_path / "test_some.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    found = gpu.Found(tmp_path / "found.json", "cpu", False)
+    command = [sys.executable, "-u", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-vv"]
+    assert gpu.keep_lines(found, [*command, "test_some.py"]) == 3
+    kept = json.loads(found.path.read_text(encoding="utf-8"))["values"]["tests"]
+    assert kept == [
+        {"name": "test_some.py::test_one", "outcome": "passed"},
+        {"name": "test_some.py::test_two[a b]", "outcome": "failed"},
+    ]
+
+
 def test_a_part_without_time_is_skipped(run) -> None:
     parts = run(succeeds, total_s=5.0)
     assert (parts["succeeds"]["status"], parts["succeeds"]["reason"]) == ("skipped", "no time left")
@@ -138,6 +153,18 @@ def test_the_limits_fit_into_a_command_of_ten_minutes() -> None:
 
 
 # --- the rest -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "left"),
+    [("cuda:1", "", "1"), ("cuda:1", "4,GPU-7", "GPU-7"), ("cuda:2", "4,5", "-1"),
+     ("cuda", "4,5", "4,5"), ("cpu", "", "")],
+)  # fmt: skip
+def test_another_gpu_than_the_first_is_made_the_only_one(monkeypatch, device, visible, left) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert gpu_check.hide_other_gpus(device) == device.partition(":")[0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
 
 
 def test_each_option_is_one_that_the_worker_accepts() -> None:

@@ -160,7 +160,7 @@ def test_the_limits_fit_into_a_command_of_ten_minutes() -> None:
     [("cuda:1", "", "1"), ("cuda:1", "4,GPU-7", "GPU-7"), ("cuda:2", "4,5", "-1"),
      ("cuda", "4,5", "4,5"), ("cpu", "", "")],
 )  # fmt: skip
-def test_another_gpu_than_the_first_is_made_the_only_one(monkeypatch, device, visible, left) -> None:
+def test_a_gpu_that_is_named_is_made_the_only_one(monkeypatch, device, visible, left) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert gpu_check.hide_other_gpus(device) == device.partition(":")[0]

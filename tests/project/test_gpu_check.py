@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -165,6 +168,20 @@ def test_a_gpu_that_is_named_is_made_the_only_one(monkeypatch, device, visible, 
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert gpu_check.hide_other_gpus(device) == device.partition(":")[0]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_a_cell_that_only_another_machine_runs_can_be_compiled(request) -> None:
+    explain = request.config.pluginmanager.getplugin(str(ROOT / "conftest.py")).ExplainAsserts
+    count = 0
+    for path in sorted(ROOT.glob("nbs/*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if re.match(r"#\| (gpu|weights|live)\b", source):
+                shell = SimpleNamespace(source=source, names=[f"{path.name}::{cell['id']}"])
+                tree = ast.fix_missing_locations(explain(shell).visit(ast.parse(source)))
+                compile(tree, path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+                count += 1
+    assert count > 0
 
 
 def test_each_option_is_one_that_the_worker_accepts() -> None:

@@ -233,6 +233,9 @@ class ExplainAsserts(ast.NodeTransformer):
     def visit_Module(self, node: ast.Module) -> ast.Module:
         if any(isinstance(part, ast.Assert) for part in ast.walk(node)):
             rewrite_asserts(node, self.shell.source.encode(), self.shell.names[-1])
+            for part in ast.walk(node):  # else line 1 is taken, before the start of the cell's code
+                if getattr(part, "lineno", 0) and not getattr(part, "end_lineno", 0):
+                    part.end_lineno = part.lineno
         return node
 
 

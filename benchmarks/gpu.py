@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -51,7 +52,12 @@ from heimdex_clip_worker.emulator.server import EmulatorServer
 from heimdex_clip_worker.errors import InferenceFailed, ModelError
 from heimdex_clip_worker.model import golden
 from heimdex_clip_worker.model.cuda import CudaOptions, CudaRunner
-from heimdex_clip_worker.model.image import Embedder, forbid_tf32, to_vectors
+from heimdex_clip_worker.model.image import (
+    Embedder,
+    _forbid_cudnn_attention,
+    forbid_tf32,
+    to_vectors,
+)
 from heimdex_clip_worker.model.tower import DTYPES
 from heimdex_clip_worker.serving.decode import PixelLimits
 from heimdex_clip_worker.serving.pipeline import prepare_image
@@ -62,7 +68,9 @@ from heimdex_clip_worker.settings import VARIABLES
 # float32, and float32 on the ordinary cores, because the worker forbids TF32. First match counts.
 PEAKS = {
     "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
     "H100": (989, 67),
+    "H200 NVL": (835, 60),
     "H200": (989, 67),
     "A100": (312, 19.5),
     "L40S": (362, 91.6),
@@ -72,6 +80,7 @@ PEAKS = {
     "A6000": (155, 38.7),
     "A40": (150, 37.4),
     "A10": (125, 31.2),
+    "5090": (209, 104.8),
     "4090": (165, 82.6),
     "3090": (71, 35.6),
     "T4": (65, 8.1),
@@ -94,6 +103,7 @@ class Form:
     repeats: int = 10
     path_batches: tuple[int, ...] = (1, 16, 64, 256)  # of the part `gpu-path`
     path_seconds: float = 0.5  # for each of them; 0: one batch
+    warm_s: float = 0.2  # before each measurement of the device: its clock rises under load
     callers: tuple[tuple[int, int], ...] = ((1, 64), (32, 16), (128, 8))  # images in a job, callers
     kinds: tuple[tuple[str, str], ...] = (
         ("http", THUMBNAILS), ("http", MIX), ("https", THUMBNAILS), ("https", MIX),
@@ -107,7 +117,7 @@ class Form:
 
 SHORT = Form(
     precisions=("fp32",), qualities=("fast",), batches=(1,), repeats=1, callers=((1, 2), (2, 1)),
-    path_batches=(1,), path_seconds=0.0, kinds=(("http", THUMBNAILS), ("https", MIX)),
+    path_batches=(1,), path_seconds=0.0, warm_s=0.0, kinds=(("http", THUMBNAILS), ("https", MIX)),
     seconds=0.0, baseline_jobs=2, starts=1, photos=2, model_timeout_s=10,
 )  # fmt: skip
 
@@ -121,7 +131,7 @@ class Found:
     """What a part has found so far; on disk at once."""
 
     path: Path
-    device: str  # cuda, cuda:N or cpu
+    device: str  # cuda or cpu
     is_short: bool
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -163,7 +173,7 @@ class Found:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Ask the driver's tool about the first GPU; empty if it is not there."""
+    """Ask the driver's tool about the GPU that torch sees first; empty if it is not there."""
     fields = "driver_version,memory.total,power.limit,clocks.max.sm,pcie.link.gen.current"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
@@ -171,7 +181,9 @@ def nvidia_smi() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     lines = done.stdout.strip().splitlines()
-    values = [value.strip() for value in lines[0].split(",")] if lines else []
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    number = int(first) if first.isdigit() and int(first) < len(lines) else 0
+    values = [value.strip() for value in lines[number].split(",")] if lines else []
     return dict(zip(fields.split(","), values, strict=False)) | {"gpus": str(len(lines))}
 
 
@@ -239,14 +251,28 @@ def tests(found: Found) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *command, f"--junitxml={report}"]
+        command = [sys.executable, "-u", "-m", "pytest", *command, "-vv", f"--junitxml={report}"]
         command += ["--gpu", "-m", "gpu"] if found.on_gpu else []
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout, done.stderr, sep="\n")
-        for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-            keep_case(found, case)
+        status = keep_lines(found, command)
+        if report.exists():  # it has more of each
+            found.values.pop("tests", None)
+            for case in ElementTree.parse(report).iter("testcase"):
+                keep_case(found, case)
     found.expect("tests" in found.values, "no test is marked gpu")
-    found.expect(done.returncode == 0, f"pytest ended with {done.returncode}; see the log")
+    found.expect(status == 0, f"pytest ended with {status}; see the log")
+
+
+def keep_lines(found: Found, command: list[str]) -> int:
+    """Run pytest, and keep each outcome as soon as it is printed; return the exit status."""
+    outcome = re.compile(r"(\S.*::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b")
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            if match := outcome.match(line):
+                found.row("tests", name=match[1], outcome=match[2].lower())
+    return process.returncode
 
 
 def keep_case(found: Found, case: ElementTree.Element) -> None:
@@ -290,6 +316,7 @@ def vectors(found: Found) -> None:
 
     if found.on_gpu:
         forbid_tf32()
+        _forbid_cudnn_attention()
     seeded_hub()
     state = load_file(seeded_file())
     theirs = open_clip_rows(state, found.device, "fp32")
@@ -332,13 +359,16 @@ def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:  # FLOP/s
 
 def on_device(embedder: Embedder, pixels: torch.Tensor) -> Callable[[], None]:
     """Make a run of the tower whose pixels are on the device already, and whose rows stay there."""
-    placed, runner = pixels.to(embedder.device), embedder.runner
-    graph = runner._graphs.get(len(pixels)) if runner else None
+    placed, size = pixels.to(embedder.device), len(pixels)
+    graphs = embedder.runner._graphs if embedder.runner else {}
+    most = min(size, max(graphs, default=size))  # a runner runs larger batches in parts
+    graph = graphs.get(most) if size % most == 0 else None
 
     def run() -> None:
         with torch.inference_mode():
             if graph is not None:
-                graph.replay()
+                for _ in range(size // most):
+                    graph.replay()
             else:
                 embedder.tower(embedder.prepare(placed))
         if placed.is_cuda:
@@ -349,6 +379,8 @@ def on_device(embedder: Embedder, pixels: torch.Tensor) -> Callable[[], None]:
 
 def encoding(found: Found) -> None:
     """Measure the encoder alone, by precision and batch."""
+    repeats, warm_s = found.form.repeats, found.form.warm_s if found.on_gpu else 0.0
+    flop = kernels.flop() - kernels.unneeded_flop()
     for precision in found.form.precisions:
         embedder = kernels.load(device=found.device, precision=precision)
         if embedder.runner:
@@ -356,19 +388,20 @@ def encoding(found: Found) -> None:
         dtype = kernels.weights_dtype(embedder)
         shapes = kernels.GEMMS_OF_A_GPU if found.on_gpu else kernels.GEMMS
         shapes = shapes[:1] if found.is_short else shapes
-        measured = kernels.gemm(dtype, found.device, found.form.repeats, shapes)
+        measured = kernels.gemm(dtype, found.device, repeats, shapes, warm_s)
         peak = data_sheet_peak(torch.cuda.get_device_name(), dtype) if found.on_gpu else None
         found.row("gemm", precision=precision, flop_per_s=measured, data_sheet=peak)
         for size in found.form.batches:
             pixels = kernels.batch_of(embedder, size)
-            if found.on_gpu:
+            if found.on_gpu:  # reserved: the memory of the graphs counts
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             inputs = kernels.inputs_of(embedder, size)
-            spent = kernels.seconds(partial(embedder.encode, inputs), found.form.repeats)
+            spent = kernels.seconds(partial(embedder.encode, inputs), repeats, warm_s)
             del inputs
-            alone = kernels.seconds(on_device(embedder, pixels), found.form.repeats)
+            alone = kernels.seconds(on_device(embedder, pixels), repeats, warm_s)
             rate, alone_rate = (size / statistics.median(times) for times in (spent, alone))
-            flops = alone_rate * kernels.flop()
+            flops = alone_rate * flop
             found.row(
                 "encoding",
                 precision=precision,
@@ -377,8 +410,9 @@ def encoding(found: Found) -> None:
                 on_device_images_per_s=alone_rate,
                 share_of_gemm=flops / measured,
                 share_of_peak=flops / peak if peak else None,
-                vram_mb=torch.cuda.max_memory_allocated() / 1e6 if found.on_gpu else None,
+                vram_mb=torch.cuda.max_memory_reserved() / 1e6 if found.on_gpu else None,
             )
+        del embedder
 
 
 # --- (d) what `model.cuda` does -------------------------------------------------
@@ -412,7 +446,7 @@ def embedder_with(found: Found, options: CudaOptions | None) -> Embedder:
     return embedder
 
 
-def drive(embedder: Embedder, size: int, seconds: float) -> float:  # images/s
+def drive(embedder: Embedder, size: int, seconds: float, warm_s: float) -> float:  # images/s
     """Run batches one after the other, as many at a time as are in flight, to lists of numbers."""
     at_once = embedder.runner.options.in_flight if embedder.runner else 1
     inputs = [kernels.inputs_of(embedder, size) for _ in range(at_once)]
@@ -428,6 +462,7 @@ def drive(embedder: Embedder, size: int, seconds: float) -> float:  # images/s
         one = time.perf_counter()
         run(0)
         one = time.perf_counter() - one
+        list(pool.map(run, range(int(warm_s / one))))
         count = max(at_once, int(seconds / one))
         start = time.perf_counter()
         list(pool.map(run, range(count)))
@@ -449,7 +484,7 @@ def gpu_path(found: Found) -> None:
         drift, allowed = golden.drift(rows, reference), golden.DRIFT[embedder.precision]
         found.expect(drift <= allowed, f"{name}: 1 - cosine {drift} > {allowed}")
         rates = {
-            str(size): drive(embedder, size, found.form.path_seconds)
+            str(size): drive(embedder, size, found.form.path_seconds, found.form.warm_s)
             for size in found.form.path_batches
         }
         vram = (vram_in_use() - before) / 1e6 if found.on_gpu else None

@@ -220,6 +220,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def hide_other_gpus(device: str) -> str:  # "cpu", "cuda"
+    """Make cuda:N the only GPU of all processes: what is measured and waited for is the first."""
+    kind, _, number = device.partition(":")
+    if number:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        chosen = dict(enumerate(visible)).get(int(number), "-1") if visible else number
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts
+    return kind
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the parts, or write the page of earlier results; return the exit status."""
     args = arguments(argv)
@@ -228,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(str(path) for path in gpu_report.write_all(results, args.out)))
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported, in the parts
-    check = Check(args.out, args.device, args.short)
+    check = Check(args.out, hide_other_gpus(args.device), args.short)
     is_good = check.run(args.only or PARTS, args.seconds)
     for path in gpu_report.write_all(check.results, check.path):
         print(f"wrote {path}")
@@ -237,4 +248,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # else it would wait for a part that hangs in the driver and cannot be killed

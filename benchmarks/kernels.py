@@ -40,7 +40,10 @@ def load(**options: object) -> Embedder:
 def flop(
     size: int = 224, patch: int = 32, width: int = 768, layers: int = 12, dim: int = 512
 ) -> float:  # 8.8e9 for ViT-B/32
-    """Compute the floating-point operations for one image in a vision transformer."""
+    """Compute the floating-point operations for one image in a vision transformer.
+
+    They are those of the model as it is published. `unneeded_flop` has what a worker leaves out.
+    """
     patches = (size // patch) ** 2
     tokens = patches + 1
     stem = 2 * patches * 3 * patch**2 * width
@@ -48,9 +51,24 @@ def flop(
     return stem + layers * block + 2 * width * dim
 
 
-def seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Measure each call after a first one that does not count; sorted."""
+def unneeded_flop(size: int = 224, patch: int = 32, width: int = 768) -> float:  # 0.6e9
+    """Compute how many of them the worker's tower saves: its last block is for one token only."""
+    others = (size // patch) ** 2
+    # Of these tokens only keys and values are computed: no query, output and perceptron (2 + 8
+    # squares of the width), and no attention.
+    return others * (2 * 10 * width**2 + 4 * (others + 1) * width)
+
+
+def seconds(
+    call: Callable[[], object],
+    repeats: int,
+    warm_s: float = 0.0,  # a GPU is slow at first: its clock rises under load
+) -> list[float]:
+    """Measure each call after a first one, and others for `warm_s`, that do not count; sorted."""
+    start = time.perf_counter()
     call()
+    while time.perf_counter() - start < warm_s:
+        call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -64,6 +82,7 @@ def gemm(
     device: str = "cpu",
     repeats: int = 3,
     shapes: tuple[tuple[int, int, int], ...] = GEMMS,
+    warm_s: float = 0.0,  # as for `seconds`
 ) -> float:  # FLOP/s
     """Measure the best rate at which a device multiplies matrices of a type."""
     best = 0.0
@@ -76,7 +95,7 @@ def gemm(
             if a.is_cuda:
                 torch.cuda.synchronize()
 
-        times = seconds(multiply, repeats)
+        times = seconds(multiply, repeats, warm_s)
         best = max(best, 2 * m * k * n / times[0])
     return best
 

@@ -89,7 +89,7 @@ class _PuttingOff(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.Tensor.copy_:
+        if func is torch.Tensor.copy_ and not is_recording():
             if failures and (error := failures.popleft()):
                 raise error
             self.stream.give(partial(func, *args))
@@ -102,7 +102,7 @@ class _PuttingOff(TorchFunctionMode):
 @contextlib.contextmanager
 def stream(stream: Stream) -> Iterator[None]:
     """Give the copies of the block to a stream."""
-    before, _thread.stream = getattr(_thread, "stream", None), stream
+    before, _thread.stream = current_stream(), stream
     try:
         with _PuttingOff(stream):
             yield
@@ -161,10 +161,25 @@ def graph(
     stream: Stream | None = None,
     capture_error_mode: str = "global",
 ) -> Iterator[None]:
-    """Record what the block does."""
+    """Record what the block does; after an error the thread's stream stays, as torch leaves it."""
     stream.synchronize()
-    with _Recording(cuda_graph):
-        yield
+    before, _thread.stream, _thread.recording = current_stream(), stream, True
+    try:
+        with _Recording(cuda_graph):
+            yield
+    finally:
+        _thread.recording = False
+    _thread.stream = before
+
+
+def is_recording() -> bool:
+    """True if this thread records a graph."""
+    return getattr(_thread, "recording", False)
+
+
+def current_stream() -> Stream | None:
+    """Get the stream of this thread; None: the default one."""
+    return getattr(_thread, "stream", None)
 
 
 def graph_pool_handle() -> object:

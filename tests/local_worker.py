@@ -38,6 +38,8 @@ _INHERITED = (
     "TMPDIR",
     "OMP_WAIT_POLICY",  # set where several workers share the CPUs
     "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
     "SSL_CERT_FILE",
     "COVERAGE_PROCESS_START",
 )

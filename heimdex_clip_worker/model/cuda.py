@@ -246,10 +246,12 @@ class CudaRunner:
         try:
             with torch.inference_mode():
                 for size in reversed(_sizes_up_to(self.max_batch)):
+                    # A capture that fails leaves its stream in this thread: this block removes it.
                     with self._cuda.stream(self._computing):
                         self._compute(spare.pixels[:size])
-                    if self.options.graphs:
-                        graphs[size] = self._record(size, pool)
+                        if self.options.graphs:
+                            graphs[size] = self._record(size, pool)
+                            graphs[size].replay()  # the first one takes memory of the device
                 self._computing.synchronize()
         finally:
             self._lanes.put(spare)

@@ -71,6 +71,11 @@ def forbid_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
+
+def _forbid_cudnn_attention() -> None:
+    """Compute attention on CUDA with torch's own kernels, for the whole process."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
 # %% ../../nbs/04_embed.ipynb #gpus-of-the-host
 def gpu_problems(
     device: str,  # CLIP_DEVICE
@@ -293,6 +298,7 @@ class Embedder:
         place = pick_device(device)
         if place.type == "cuda":
             forbid_tf32()
+            _forbid_cudnn_attention()
         chosen = pick_precision(precision, place)
         arguments = (model_name, pretrained, activation, cache_dir)
         pair = _from_disk(artifact_dir, *arguments[:3], chosen, cache_dir) if artifact_dir else None

@@ -196,10 +196,36 @@ def test_a_device_that_is_lost_at_the_start_is_told(monkeypatch) -> None:
     assert caught.value.fatal
 
 
-def test_every_size_is_run_before_it_is_recorded(warm) -> None:
-    assert [*warm.runner._graphs] == [1, 2, 4, 8]
+def test_every_size_is_recorded_and_replayed_once_before_the_first_batch(warm) -> None:
+    replays = {size: graph.replays for size, graph in warm.runner._graphs.items()}
+    assert replays == {1: 1, 2: 1, 4: 1, 8: 1}
     warm.encode(PIXELS[:3])
-    assert [graph.replays for graph in warm.runner._graphs.values()] == [0, 0, 1, 0]
+    assert [graph.replays for graph in warm.runner._graphs.values()] == [1, 1, 2, 1]
+
+
+def test_a_graph_that_cannot_be_replayed_is_found_before_the_first_batch(monkeypatch) -> None:
+    embedder = make()
+
+    def full(self) -> None:
+        raise torch.OutOfMemoryError("CUDA error: out of memory")  # as its upload may raise
+
+    monkeypatch.setattr(lazy_cuda.CUDAGraph, "replay", full)
+    image._warm_up(embedder.runner)
+    assert embedder.runner._graphs == {} and is_close(embedder.encode(PIXELS[:7]), slice(7))
+
+
+def test_a_capture_that_fails_leaves_no_stream_behind_in_the_thread(monkeypatch) -> None:
+    embedder = make()
+    compute = CudaRunner._compute
+
+    def refused(self, pixels):
+        if lazy_cuda.is_recording():
+            raise RuntimeError(CAPTURE)
+        return compute(self, pixels)
+
+    monkeypatch.setattr(CudaRunner, "_compute", refused)
+    image._warm_up(embedder.runner)
+    assert embedder.runner._graphs == {} and lazy_cuda.current_stream() is None
 
 
 # --- in a worker ------------------------------------------------------------------

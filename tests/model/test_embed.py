@@ -461,8 +461,19 @@ def test_tf32_is_forbidden_on_a_gpu_before_weights_are_read(monkeypatch, device,
         raise ModelError("no weights are read here")
 
     monkeypatch.setattr(embed, "pick_device", torch.device)
-    monkeypatch.setattr(embed, "forbid_tf32", lambda: calls.append("forbid_tf32"))
+    for name in ("forbid_tf32", "_forbid_cudnn_attention"):
+        monkeypatch.setattr(embed, name, lambda name=name: calls.append(name))
     monkeypatch.setattr(embed, "load_model", stop)
     with pytest.raises(ModelError, match="no weights"):
         Embedder.load("ViT-B-32", "openai", device=device)
-    assert len(calls) == count
+    assert calls == ["forbid_tf32", "_forbid_cudnn_attention"] * count
+
+
+def test_cudnns_attention_is_switched_off():
+    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        embed._forbid_cudnn_attention()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_on)

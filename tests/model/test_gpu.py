@@ -7,13 +7,19 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
 
 from heimdex_clip_worker.model import golden
 from heimdex_clip_worker.model.cuda import CudaOptions, CudaRunner
-from heimdex_clip_worker.model.image import Embedder, forbid_tf32, pick_device
+from heimdex_clip_worker.model.image import (
+    Embedder,
+    _forbid_cudnn_attention,
+    forbid_tf32,
+    pick_device,
+)
 
 pytestmark = [pytest.mark.model, pytest.mark.gpu]
 
@@ -33,17 +39,29 @@ for _ in range(2):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_a_worker() -> None:
+    """Set what `Embedder.load` sets on a GPU."""
+    forbid_tf32()
+    _forbid_cudnn_attention()
+
+
 @pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
-    return golden.seeded_state()
+def seeded():
+    """Build a worker's embedders, images and texts, once for each precision and preprocessing."""
+    state = golden.seeded_state()
+
+    @cache
+    def build(precision: str, quality: str = "fast"):
+        return golden.seeded_worker(state, device="cuda", precision=precision, quality=quality)
+
+    return build
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("quality", ["exact", "fast"])
-def test_the_vectors_are_open_clips(state, precision: str, quality: str) -> None:
-    forbid_tf32()
-    options = {"device": "cuda", "precision": precision, "quality": quality}
-    images, texts = golden.seeded_worker(state, **options)
+def test_the_vectors_are_open_clips(seeded, precision: str, quality: str) -> None:
+    images, texts = seeded(precision, quality)
     distances = golden.distances(golden.embed_golden(images, texts))
     assert max(distances.values()) <= golden._allowed_drift(images)
 
@@ -63,10 +81,9 @@ def test_a_device_that_is_lost_is_fatal_and_stays_so() -> None:
 TURN = {"fp32": 1e-9, "fp16": 5e-6, "bf16": 2e-4}  # most 1 - cosine to the plain path
 
 
-def with_runner(state, precision: str, max_batch: int = 256, **options) -> Embedder:
+def with_runner(seeded, precision: str, max_batch: int = 256, **options) -> Embedder:
     """Make an embedder with a runner that has not warmed up."""
-    forbid_tf32()
-    plain, _ = golden.seeded_worker(state, device="cuda", precision=precision, quality="fast")
+    plain, _ = seeded(precision)
     how = {"max_batch": max_batch, "options": CudaOptions(**options)}
     return dataclasses.replace(plain, runner=CudaRunner(plain.tower, plain.preparation, **how))
 
@@ -87,8 +104,8 @@ WAYS += [("fp16", option) for option in ("fold", "one_product", "pinned", "graph
 
 
 @pytest.mark.parametrize("precision, off", WAYS)
-def test_every_way_to_run_a_batch_gives_the_same_vectors(state, pixels, precision, off) -> None:
-    embedder = with_runner(state, precision, **{off: False} if off else {})
+def test_every_way_to_run_a_batch_gives_the_same_vectors(seeded, pixels, precision, off) -> None:
+    embedder = with_runner(seeded, precision, **{off: False} if off else {})
     embedder.runner.warm_up()
     for count in (1, 3, 64, 100, 256, 300):
         rows = embedder.encode(list(pixels[:count]))
@@ -96,17 +113,17 @@ def test_every_way_to_run_a_batch_gives_the_same_vectors(state, pixels, precisio
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_graphs_give_open_clips_vectors(state, precision: str) -> None:
-    embedder = with_runner(state, precision)
+def test_graphs_give_open_clips_vectors(seeded, precision: str) -> None:
+    embedder = with_runner(seeded, precision)
     embedder.runner.warm_up()
     assert [*embedder.runner._graphs][-1] == 256
-    _, texts = golden.seeded_worker(state, device="cuda", precision=precision, quality="fast")
+    _, texts = seeded(precision)
     distances = golden.distances(golden.embed_golden(embedder, texts))
     assert max(distances.values()) <= golden._allowed_drift(embedder)
 
 
-def test_a_thousand_batches_keep_their_pixels_apart(state, pixels) -> None:
-    embedder, order = with_runner(state, "fp16", max_batch=64), random.Random(0)
+def test_a_thousand_batches_keep_their_pixels_apart(seeded, pixels) -> None:
+    embedder, order = with_runner(seeded, "fp16", max_batch=64), random.Random(0)
     embedder.runner.warm_up()
     expected = plain_rows(embedder, pixels)
     total = len(embedder.runner._slots._free)
@@ -138,8 +155,8 @@ def take_all(leave: int) -> list[torch.Tensor]:
     return taken
 
 
-def test_without_memory_for_graphs_batches_are_run_as_they_are(state, pixels, caplog) -> None:
-    embedder = with_runner(state, "fp16")
+def test_without_memory_for_graphs_batches_are_run_as_they_are(seeded, pixels, caplog) -> None:
+    embedder = with_runner(seeded, "fp16")
     embedder.encode(pixels[:1])  # what the first run of all takes
     taken = take_all(leave=100_000_000)
     with caplog.at_level("WARNING", "heimdex_clip_worker"):
@@ -151,8 +168,8 @@ def test_without_memory_for_graphs_batches_are_run_as_they_are(state, pixels, ca
     assert golden.drift(rows, plain_rows(embedder, pixels[:256])) <= TURN["fp16"]
 
 
-def test_graphs_need_no_more_memory(state, pixels) -> None:
-    embedder = with_runner(state, "fp16")
+def test_graphs_need_no_more_memory(seeded, pixels) -> None:
+    embedder = with_runner(seeded, "fp16")
     embedder.runner.warm_up()
     expected = plain_rows(embedder, pixels[:200])
     taken = take_all(leave=0)

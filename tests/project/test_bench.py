@@ -47,6 +47,7 @@ from benchmarks.network import Sample
 from benchmarks.workers import BASELINE, GOOD, OBSERVED, OURS, Worker
 from heimdex_clip_worker.auth import Keyring, verify
 from heimdex_clip_worker.model.photos import PHOTOS
+from heimdex_clip_worker.model.tower import ImageShape, VisionTower
 
 pytestmark = [pytest.mark.model, pytest.mark.process]
 
@@ -536,3 +537,15 @@ def test_the_command_refuses_an_unknown_figure(capsys):
 
 def test_the_vision_transformer_takes_9_gflop_an_image():
     assert kernels.flop() == pytest.approx(8.82e9, rel=1e-3)
+
+
+def test_the_tower_leaves_out_what_torch_counts_less() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = ImageShape(768, 12, 12, 3072, 512, "gelu", image_size=224, patch_size=32)
+    with torch.device("meta"):
+        tower, pixels = VisionTower(shape), torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        tower(pixels)
+    done = kernels.flop() - kernels.unneeded_flop()
+    assert done == pytest.approx(counter.get_total_flops(), rel=1e-3)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -127,6 +130,21 @@ def test_a_result_is_on_disk_before_its_part_has_ended(tmp_path: Path) -> None:
     assert seen and seen[0]["status"] == "running" and "child" in seen[0]["values"]
 
 
+def test_the_outcome_of_a_test_is_kept_before_the_next_one_ends(tmp_path, monkeypatch) -> None:
+    text = "import os, pytest\ndef test_one(): pass\n@pytest.mark.parametrize('n', ['a b'])\n"
+    text += "def test_two(n): assert 0\ndef test_three(): os._exit(3)\n"
+    (tmp_path / "test_some.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    found = gpu.Found(tmp_path / "found.json", "cpu", False)
+    command = [sys.executable, "-u", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-vv"]
+    assert gpu.keep_lines(found, [*command, "test_some.py"]) == 3
+    kept = json.loads(found.path.read_text(encoding="utf-8"))["values"]["tests"]
+    assert kept == [
+        {"name": "test_some.py::test_one", "outcome": "passed"},
+        {"name": "test_some.py::test_two[a b]", "outcome": "failed"},
+    ]
+
+
 def test_a_part_without_time_is_skipped(run) -> None:
     parts = run(succeeds, total_s=5.0)
     assert (parts["succeeds"]["status"], parts["succeeds"]["reason"]) == ("skipped", "no time left")
@@ -138,6 +156,32 @@ def test_the_limits_fit_into_a_command_of_ten_minutes() -> None:
 
 
 # --- the rest -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "left"),
+    [("cuda:1", "", "1"), ("cuda:1", "4,GPU-7", "GPU-7"), ("cuda:2", "4,5", "-1"),
+     ("cuda", "4,5", "4,5"), ("cpu", "", "")],
+)  # fmt: skip
+def test_a_gpu_that_is_named_is_made_the_only_one(monkeypatch, device, visible, left) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert gpu_check.hide_other_gpus(device) == device.partition(":")[0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_a_cell_that_only_another_machine_runs_can_be_compiled(request) -> None:
+    explain = request.config.pluginmanager.getplugin(str(ROOT / "conftest.py")).ExplainAsserts
+    count = 0
+    for path in sorted(ROOT.glob("nbs/*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if re.match(r"#\| (gpu|weights|live)\b", source):
+                shell = SimpleNamespace(source=source, names=[f"{path.name}::{cell['id']}"])
+                tree = ast.fix_missing_locations(explain(shell).visit(ast.parse(source)))
+                compile(tree, path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+                count += 1
+    assert count > 0
 
 
 def test_each_option_is_one_that_the_worker_accepts() -> None:
@@ -153,6 +197,10 @@ def test_each_option_is_one_that_the_worker_accepts() -> None:
 def test_a_data_sheet_is_found_by_the_name_of_the_card() -> None:
     assert gpu.data_sheet_peak("NVIDIA H100 80GB HBM3", torch.float16) == 989e12
     assert gpu.data_sheet_peak("NVIDIA H100 PCIe", torch.float32) == 51e12
+    assert gpu.data_sheet_peak("NVIDIA H100 NVL", torch.bfloat16) == 835e12
+    assert gpu.data_sheet_peak("NVIDIA A100-SXM4-80GB", torch.float16) == 312e12
+    assert gpu.data_sheet_peak("NVIDIA L40S", torch.float16) == 362e12
+    assert gpu.data_sheet_peak("NVIDIA GeForce RTX 4090", torch.float32) == 82.6e12
     assert gpu.data_sheet_peak("NVIDIA L4", torch.bfloat16) == 121e12
     assert gpu.data_sheet_peak("NVIDIA B999", torch.float16) is None
 

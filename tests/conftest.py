@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_log() -> None:
-    """Give the package's log back to pytest: a command or a worker of this process has set it up."""
+    """Give the package's log back to pytest, after a command or a worker has set it up."""
     log = logging.getLogger("heimdex_clip_worker")
     log.handlers, log.propagate = [], True
     log.setLevel(logging.NOTSET)

@@ -173,10 +173,10 @@ def embed_as(space_id: str, pretrained: str = "openai") -> Any:
 def test_older_metadata_is_judged_by_model_and_weights(
     scenes: Scenes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "_query_vector", embed_as("5"))
+    monkeypatch.setattr(search, "_query_vector", embed_as("5"))
     found = find(scenes, "cat", capsys=capsys)
     assert [line["score"] for line in found.lines][0] == 1.0
-    monkeypatch.setattr(search_module, "_query_vector", embed_as("6", "laion2b"))
+    monkeypatch.setattr(search, "_query_vector", embed_as("6", "laion2b"))
     with pytest.raises(CommandError, match=r"5,000 of ViT-B-32 \(openai\); 0 are of the query's"):
         find(scenes, "cat", capsys=capsys)
 

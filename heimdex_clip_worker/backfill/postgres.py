@@ -81,7 +81,9 @@ class Database:
         except self._psycopg.ProgrammingError as error:
             raise _unreadable(conninfo, str(error)) from None
         except self._psycopg.Error as error:
-            raise BackfillError(f"no connection to the database: {_first_line(error)}") from error
+            advice = "" if conninfo else " (no DATABASE_URL, and no --database, says where it is)"
+            message = f"no connection to the database: {_first_line(error)}{advice}"
+            raise BackfillError(message) from error
 
     def connect(self) -> Any:
         """Open another connection like this one, without its retries."""

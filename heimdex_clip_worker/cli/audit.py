@@ -10,6 +10,7 @@ import asyncio
 import io
 import json
 import random
+import re
 import secrets
 import shlex
 from collections import Counter
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backfill import run as backfill_run
+from ..backfill.files import parquet_files
 from ..backfill.postgres import Database, PostgresSink
 from ..backfill.rows import TIME_FORMAT, BackfillError, UsageError
 from . import backfill, console, embed, vectors
@@ -256,19 +258,34 @@ def _open_eye(args: argparse.Namespace) -> Any:  # _Local or _Endpoint
 _FACTS = ("space_id", "model_version", "model", "pretrained")
 
 
+def _day_of(time: datetime | str | None) -> str:
+    """Write the day of a time, in UTC."""
+    if isinstance(time, datetime):
+        time = (time.astimezone(timezone.utc) if time.tzinfo else time).isoformat()
+    return (time or "")[:10]
+
+
 class _File:
-    """The rows of a Parquet file, as `AuditTable` has those of a table."""
+    """The rows of a Parquet file or a folder of them, as `AuditTable` has those of a table."""
 
     def __init__(
-        self, path: Path, only: Mapping[str, str], since: str | None, until: str | None
+        self,
+        path: Path,
+        only: Mapping[str, str],
+        since: str | None,
+        until: str | None,
+        url_column: str | None = None,  # None: the ids are URLs or paths
     ):
         with console.needs("backfill", "A file of vectors"):
             from pyarrow import parquet
         try:
-            names = parquet.read_schema(path).names
+            files = parquet_files(path) if path.is_dir() else [path]
+            schemas = [set(parquet.read_schema(file).names) for file in files]
         except (OSError, ValueError) as error:
             raise console.CommandError(f"{path} cannot be read as vectors: {error}") from error
+        names = set.intersection(*schemas) if schemas else set()
         self._path, self._show = path, [n for n in (*_FACTS, "embedded_at") if n in names]
+        self._url, self._show = url_column, [*self._show, *filter(None, [url_column])]
         self._only, self._since, self._until = only, since, until
 
     def _rows(self) -> Iterator[Any]:
@@ -280,8 +297,9 @@ class _File:
                 row_id, values = (name[0], name[1:]) if self._show else (name, ())
                 facts = {k: v or "" for k, v in zip(self._show, values, strict=True)}
                 group = (*(facts.get(key, "") for key in _FACTS), "")
-                url = row_id if console.is_url(row_id) else file_name(row_id)
-                row = audit._Stored(row_id, url, vector, group, facts.get("embedded_at", "")[:10])
+                source = facts[self._url] if self._url else row_id
+                url = source if console.is_url(source) else file_name(source) if source else ""
+                row = audit._Stored(row_id, url, vector, group, _day_of(facts.get("embedded_at")))
                 if self._is_chosen(row):
                     yield row
 
@@ -358,6 +376,12 @@ def _key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _day(text: str) -> str:
+    if text and not re.fullmatch(r"\d{4}(-\d\d(-\d\d)?)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError("not a day: write 2026-01-31")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `heimdex-clip audit`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -365,7 +389,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     group = parser.add_argument_group("which table")
     group.add_argument("--in", type=Path, metavar="FILE", dest="file",
-        help="a Parquet file of `embed --out` instead")  # fmt: skip
+        help="instead: a Parquet file of `embed --out` or `backfill --out`, or a folder of them; "
+        "its ids, or the --url-column, are URLs or paths of the pictures")  # fmt: skip
     group.add_argument("--table", metavar="NAME", help="(default: video_scenes)")
     group.add_argument("--database", metavar="URI", help="(default: DATABASE_URL)")
     backfill.add_columns(group)
@@ -375,8 +400,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metadata", type=_key_value, action="append", default=[], metavar="KEY=VALUE",
         help="rows with this space_id, model_version, model_name, pretrained or error; empty: "
         "without one")  # fmt: skip
-    add("--since", metavar="DAY", help="the first day, like 2026-11-02")
-    add("--until", metavar="DAY", help='the last day; "" for rows without a date')
+    add("--since", type=_day, metavar="DAY", help="the first day, like 2026-11-02")
+    add("--until", type=_day, metavar="DAY", help='the last day; "" for rows without a date')
     add("--seed", type=int, metavar="N", help="of the sample (default: another one each time)")
     add = parser.add_argument_group("what to do").add_argument
     embed.add_backend(parser)
@@ -414,7 +439,9 @@ def _tables(findings: Sequence[audit._Finding], runs: Sequence[Any]) -> str:
     cells = []
     for run in runs:
         share = f"{100 * run.faults / run.looked:.0f} %" if run.faults else "0"
-        if not run.faults and run.at_most:
+        if not run.looked:
+            share = "-"
+        elif not run.faults and run.at_most:
             share = f"below {100 * run.at_most:.2g} %"
         faults = {k: n for k, n in run.kinds.items() if k not in ("right", "not_fetched")}
         cells.append((_name(run.group), _dates(run), f"{run.rows:,}", f"{run.looked:,}",
@@ -521,8 +548,10 @@ def _verdict(
 ) -> list[str]:
     """Say whether something is wrong, and which command repairs it."""
     judged = summary["looked_at"] - summary["kinds"].get("not_fetched", 0)
+    if not judged and not count:
+        return []  # see `_unjudged`
     if not count:
-        worst = max((run.at_most for run in runs), default=0)
+        worst = max((run.at_most for run in runs if run.looked), default=0)
         bound = f"; fewer than {100 * worst:.2g} % of any line can be wrong (95 %)" if worst else ""
         return [f"nothing wrong in {judged:,} rows{bound}"]
     lines = [f"WRONG: {count:,} of {judged:,} rows that were looked at"]
@@ -605,7 +634,8 @@ def _run_with(args: argparse.Namespace, eye: Any) -> int:
     if args.file:
         if args.repair:
             raise UsageError("--repair is for a table: `embed --out` makes a file anew")
-        return _report(args, eye, _File(args.file, **chosen), None, None)
+        file = _File(args.file, **chosen, url_column=args.url_column)
+        return _report(args, eye, file, None, None)
     columns = {
         "table": args.table or "video_scenes", "id_column": args.id_column,
         "url_column": args.path_column or args.url_column or "thumbnail_url",
@@ -666,10 +696,23 @@ def _plain(summary: Mapping[str, Any], runs: Sequence[Any]) -> dict[str, Any]:
     return {**summary, "wrong": len(faults), "groups": groups, "findings": rows}
 
 
+def _unjudged(findings: Sequence[audit._Finding], is_here: bool) -> str:
+    """Say why no row could be judged, and what helps."""
+    codes = {finding.detail for finding in findings}
+    text = f"no row could be judged: no picture could be fetched ({', '.join(sorted(codes))})"
+    if codes != {"URL_NOT_ALLOWED"}:
+        return text
+    text += ". Their hosts have private addresses, or are not in ALLOWED_IMAGE_HOSTS"
+    cure = "set ALLOWED_PRIVATE_NETWORKS (10.0.0.0/8) or ALLOWED_IMAGE_HOSTS"
+    if is_here:
+        return f"{text}: {cure}, or let the endpoint fetch them (--backend runpod)"
+    return f"{text}: {cure} on the endpoint"
+
+
 def _status(summary: Mapping[str, Any], runs: Sequence[Any], faults: audit.Faults) -> int:
     """Choose the exit status."""
     if not summary["looked_at"] - summary["kinds"].get("not_fetched", 0):
-        console.say("no row could be judged: no picture could be fetched")
+        console.say(_unjudged(summary["findings"], summary["variants"]))
         return console.Status.FAILED
     repair = summary.get("repair", {"status": "", "done": 0})
     if repair["status"] == "failed":

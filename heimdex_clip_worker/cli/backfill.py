@@ -109,7 +109,8 @@ def add_pace(group: Any) -> None:
         help="of one worker; cost is worker seconds while jobs are in flight")  # fmt: skip
     group.add_argument("--workers", type=number(int, 1), default=usual.workers, metavar="N",
         help="how many workers that price is paid for (default: %(default)s)")  # fmt: skip
-    group.add_argument("--max-cost", type=number(float, 0), metavar="C", help="stop there")
+    group.add_argument("--max-cost", type=number(float, 0), metavar="C",
+        help="stop there; needs --price-per-second")  # fmt: skip
     group.add_argument("--patience", type=number(float, 0), default=usual.patience_s, metavar="S",
         help="seconds to wait for an endpoint or database (default: %(default)s)")  # fmt: skip
     group.add_argument("--lease", type=number(float, 1, PostgresSink.longest_lease_s),
@@ -460,6 +461,10 @@ def run_here(args: argparse.Namespace, follow: _Follow = _do_not_follow) -> int:
 
 def _run_plain(args: argparse.Namespace, follow: _Follow) -> dict[str, Any]:
     """Run a backfill in this process; return its summary; raise what `_backfill` raises."""
+    if args.max_cost is not None and not args.price_per_second:
+        raise UsageError(
+            "--max-cost needs --price-per-second: without a price nothing costs anything"
+        )
     needs_endpoint = not args.dry_run or args.reembed
     overrides = {} if needs_endpoint else {"backend": "off"}
     settings = ClientSettings.from_env(**overrides)

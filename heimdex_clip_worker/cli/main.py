@@ -51,7 +51,7 @@ VECTORS = [
         ("search 'a cat on a sofa' --in vectors.parquet --top 10 --backend local",
          "search 'a red car' --in scenes.parquet --show title --show url",
          "search 'a red car' --database postgresql://app@db/heimdex --html cars.html",
-         "search --like 3f2b --join 'JOIN videos v ON v.id = t.video_id' "
+         "search --like 4711 --join 'JOIN videos v ON v.id = t.video_id' "
          "--filter 'v.owner_id = 7'"),
     ),
     Command(

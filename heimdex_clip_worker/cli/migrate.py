@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -36,7 +37,7 @@ _EPILOG = """steps:
 
 examples:
   heimdex-clip migrate add --to clip_v2 --type 'vector(768)'
-  heimdex-clip migrate fill --to clip_v2 --max-cost 20
+  heimdex-clip migrate fill --to clip_v2 --price-per-second 0.00031 --max-cost 20
   heimdex-clip migrate compare --to clip_v2 --samples 50
   heimdex-clip migrate swap --to clip_v2
   heimdex-clip migrate add --to half --type 'halfvec(512)'
@@ -78,10 +79,10 @@ def _status(move: Migration) -> dict[str, Any]:
     if move.stage == "absent":
         return {"stage": "absent", "next": "add"}
     counts = move.counts()
-    spaces = {
-        side: {str(space): count for space, count in move.spaces(new=side == "new").items()}
-        for side in ("old", "new")
-    }
+    spaces: dict[str, Counter[str]] = {"old": Counter(), "new": Counter()}
+    for side, counted in spaces.items():
+        for space, count in move.spaces(new=side == "new").items():
+            counted[str(space)] += count  # several groups can have one label
     summary = {"stage": move.stage, **asdict(counts), "spaces": spaces, "indexes": move.indexes()}
     if move.stage == "swapped":
         old, _ = move.indexes(of_vectors=False).values()

@@ -12,7 +12,7 @@ import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -158,7 +158,10 @@ def run(args: argparse.Namespace) -> int:
     workers = workers if args.scaler else f"{args.workers} worker(s), started now"
     options |= {"command": args.command, "env": settings.environment_for(variables)}
     try:
-        with received_signals() as received, Emulator(echo=_print, **options) as server:
+        with (
+            received_signals() as received,
+            Emulator(echo=_echo(args, received), **options) as server,
+        ):
             lines = lines_for_callers(server, secret)
             _print(INTRODUCTION.format(server=server, lines=lines, workers=workers))
             number = received.get()
@@ -166,7 +169,23 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, RuntimeError) as error:
         say(f"The local platform failed: {error}")
         return 1
-    return 130 if number == signal.SIGINT else 0
+    return {signal.SIGINT: 130, signal.SIGTERM: 0}.get(number, 1)
+
+
+def _echo(args: argparse.Namespace, received: SimpleQueue[int]) -> Callable[[str], None]:
+    """Print what workers print; end the platform if a worker cannot start."""
+
+    def echo(line: str) -> None:
+        _print(line)
+        if " | [ERROR] Cannot start: " in line and not args.command:  # no restart helps
+            if "hub cache" in line and not args.seeded:
+                say("To try things out with random weights, add --seeded FOLDER")
+            received.put(_CANNOT_START)
+
+    return echo
+
+
+_CANNOT_START = 0  # the number of no signal
 
 
 def _print(text: str) -> None:

@@ -85,9 +85,13 @@ def _query_vector(
     return result
 
 # %% ../../nbs/13e_search.ipynb #add-arguments
+_EPILOG = """exit status: 0 found; 1 failed, or nothing matches; 2 wrong usage or settings"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `search`."""
     add = parser.add_argument
+    parser.epilog = _EPILOG
     from heimdex_clip_worker.cli.search_table import add_table_arguments
 
     add("text", metavar="TEXT", nargs="?", help="what to look for")

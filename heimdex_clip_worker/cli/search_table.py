@@ -241,6 +241,7 @@ def _embed(source: Input, args: argparse.Namespace) -> tuple[list[float], RowSpa
     return result["embedding"], RowSpace(result["space_id"], result["model"], result["pretrained"])
 
 # %% ../../nbs/13ea_search_table.ipynb #search-table
+_MOST_WAITING = 1000  # rows without a vector that are counted
 _VARIABLES = ("database_url", "supabase_url", "supabase_key", "supabase_bucket")
 
 
@@ -262,6 +263,17 @@ def search_table(args: argparse.Namespace, source: Input | None) -> int:
         raise CommandError(str(error)) from error
 
 
+def _waiting(table_search: TableSearch) -> str:
+    """Say how many rows have no vector yet; "" if none, or if counting takes too long."""
+    try:
+        count = table_search.waiting(_MOST_WAITING)
+    except BackfillError:
+        return ""
+    more = " or more" if count == _MOST_WAITING else ""
+    which = f"{count:,}{more} rows have" if count > 1 else "1 row has"
+    return f": {which} no vector yet (`heimdex-clip status`)" if count else ""
+
+
 def _search(
     args: argparse.Namespace,
     source: Input | None,
@@ -281,7 +293,7 @@ def _search(
     table_search.check_matches(space, matches, args.trust_unknown)
     matches = [m for m in matches if own is None or m.id != own.id][: args.top]
     if not matches:
-        say(f"No row of {args.table} matches")
+        say(f"No row of {args.table} matches{_waiting(table_search)}")
         return Status.FAILED
     _show(matches, args)
     if args.html:

@@ -86,6 +86,8 @@ _STATEMENTS = {
     "nearest": "SELECT {scored}\n{from_all}\n"
     "ORDER BY t.{vector} OPERATOR({schema}.<=>) %(query)s::{type} LIMIT %(top)s",
     "matching": "SELECT count(*) FROM (SELECT\n{from_all}\nLIMIT %(top)s) AS m",
+    "waiting": "SELECT count(*) FROM (SELECT FROM {table} AS t\n{join}\nWHERE t.{vector} IS NULL "
+    "AND (\n{filter}\n) LIMIT %(most)s) AS w",
     "these": "SELECT {scored}\n"
     "FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)\n"
     "JOIN {table} AS t ON t.{id} = sent.id::{id_type}\nORDER BY sent.position",
@@ -310,6 +312,12 @@ class TableSearch:
         """Count the rows that a search without an index could find, up to `top` of them."""
         with self._reading() as connection:
             return connection.execute(self._statements["matching"], {"top": top}).fetchone()[0]
+
+    def waiting(self, most: int) -> int:
+        """Count the rows that have no vector yet, up to `most` of them."""
+        with self._reading() as connection:
+            connection.execute("SET LOCAL statement_timeout = '5s'")
+            return connection.execute(self._statements["waiting"], {"most": most}).fetchone()[0]
 
     def by_function(
         self,

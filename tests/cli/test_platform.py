@@ -58,6 +58,14 @@ def test_a_secret_from_the_environment_is_not_printed():
     assert "export EMBEDDING" not in lines and f"RUNPOD_API_KEY={server.api_key}" in lines
 
 
+@pytest.mark.timeout(300)
+def test_without_weights_it_ends_and_names_random_ones(tmp_path):
+    env = plain_env(tmp_path, HF_HOME=str(tmp_path / "hub"), CLIP_DEVICE="cpu")
+    result = subprocess.run(COMMAND, env=env, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 1 and result.stdout.count("Cannot start") == 1
+    assert "add --seeded FOLDER" in result.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -278,6 +278,14 @@ def test_a_column_that_mixes_spaces_is_not_swapped(table: Table) -> None:
         move.swap()
 
 
+def test_groups_with_one_label_are_counted_together(table: Table) -> None:
+    table.admin.execute("""UPDATE video_scenes SET visual_clip_metadata =
+        '{"space_id": "5", "model": "m"}' WHERE index = 3""")
+    move = table.move()
+    move.add("vector(2)")
+    assert f"{ROWS} vectors: {ROWS} of space 5\n" in command._report(command._status(move), "x")
+
+
 def test_a_table_that_stays_locked_is_left_alone_and_can_be_read(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,23 @@ def test_a_row_is_not_like_itself(scenes: Scenes, capsys: pytest.CaptureFixture[
     assert sorted(line["columns"]["index"] for line in found.lines) == [99, 101]
 
 
+@pytest.mark.parametrize(("index", "words"), [(100, ": 1 row has no vector yet"), (-1, "")])
+def test_rows_without_a_vector_are_named_where_nothing_matches(
+    scenes: Scenes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    index: int, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(search, "_query_vector", embed_as("5", "openai"))
+    change = "UPDATE video_scenes SET embedding_visual_clip = {} WHERE index = 100"
+    ((vector_before,),) = scenes.admin.execute(
+        "SELECT embedding_visual_clip::text FROM video_scenes WHERE index = 100"
+    )
+    scenes.admin.execute(change.format("NULL"))
+    found = find(scenes, "cat", "--filter", f"t.index = {index}", capsys=capsys)
+    scenes.admin.execute(change.format("%s::extensions.vector"), [vector_before])
+    assert found.status == 1 and f"matches{words}" in found.err
+    assert ("no vector yet (`heimdex-clip status`)" in found.err) == bool(words)
+
+
 def embed_as(space_id: str, pretrained: str = "openai") -> Any:
     """Make a stand-in for the endpoint: each text has the vector of scene 0."""
     facts = {"space_id": space_id, "model": "ViT-B-32", "pretrained": pretrained}

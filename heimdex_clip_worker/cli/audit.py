@@ -297,7 +297,7 @@ class _File:
                 row_id, values = (name[0], name[1:]) if self._show else (name, ())
                 facts = {k: v or "" for k, v in zip(self._show, values, strict=True)}
                 group = (*(facts.get(key, "") for key in _FACTS), "")
-                source = facts[self._url] if self._url else row_id
+                source = str(facts[self._url]) if self._url else row_id
                 url = source if console.is_url(source) else file_name(source) if source else ""
                 row = audit._Stored(row_id, url, vector, group, _day_of(facts.get("embedded_at")))
                 if self._is_chosen(row):
@@ -700,6 +700,8 @@ def _unjudged(findings: Sequence[audit._Finding], is_here: bool) -> str:
     """Say why no row could be judged, and what helps."""
     codes = {finding.detail for finding in findings}
     text = f"no row could be judged: no picture could be fetched ({', '.join(sorted(codes))})"
+    if all(finding.stored.url.startswith("file:") for finding in findings):
+        return f"{text}. The ids of the file are no URLs: name the --url-column"
     if codes != {"URL_NOT_ALLOWED"}:
         return text
     text += ". Their hosts have private addresses, or are not in ALLOWED_IMAGE_HOSTS"

@@ -174,6 +174,8 @@ def _parser_of(command: Command) -> argparse.ArgumentParser:
     examples = "\n".join(f"  heimdex-clip {example}" for example in command.examples)
     if "heimdex-clip " not in (parser.epilog or ""):
         parser.epilog = "\n\n".join(filter(None, [parser.epilog, f"example:\n{examples}"]))
+    if "exit status" not in parser.epilog:
+        parser.epilog += "\n\nexit status: `heimdex-clip --help` lists them"
     return parser
 
 # %% ../../nbs/14_cli.ipynb #find

@@ -125,6 +125,14 @@ def test_pictures_at_private_addresses_are_named_with_what_helps(
     assert "ALLOWED_PRIVATE_NETWORKS" in message and "--backend runpod" in message
 
 
+def test_ids_that_are_no_pictures_need_the_column_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path, *_ = by_ray(tmp_path)
+    status = run(monkeypatch, Eye(), path)
+    assert status == 1 and "name the --url-column" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--since", "--until"])
 def test_a_day_is_a_day(option: str, capsys: Any) -> None:
     parser = argparse.ArgumentParser()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .._retry import pause_s
 from ..backfill import postgres
 from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
+from . import triggers
 from .search import Match, RowSpace, TableSearch
 
 # %% auto #0
@@ -61,28 +62,37 @@ def _short(name: str) -> str:
     return name.encode()[: _LONGEST_NAME - 9].decode(errors="ignore") + "_" + digest
 
 # %% ../../nbs/11i_migrate.ipynb #trigger
-_TRIGGER = """
-CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body};
+_FUNCTION = """
+CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body}"""
+_BODY = "BEGIN NEW.{vector} := NULL; NEW.{metadata} := '{{}}'; RETURN NEW; END"
+_TRIGGER = """;
 DROP TRIGGER IF EXISTS {trigger} ON {table};
 CREATE TRIGGER {trigger} BEFORE UPDATE ON {table} FOR EACH ROW
-    WHEN (OLD.{url} IS DISTINCT FROM NEW.{url}) EXECUTE FUNCTION {function}()"""
-_FUNCTION = "BEGIN NEW.{vector} := NULL; NEW.{metadata} := NULL; RETURN NEW; END"
+    WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)
+    EXECUTE FUNCTION {function}()"""
 
 
-def _trigger(table: str, names: _Names, columns: tuple[str, str], url: str) -> Any:
+def _trigger(
+    table: str,
+    names: _Names,
+    columns: tuple[str, str],  # to clear
+    watched: Sequence[str] = (),  # columns of the URL; empty: the trigger stays as it is
+) -> Any:
     """Compose the statements that create or change the trigger."""
     from psycopg import sql
 
     *schema, last = postgres._parse_table_name(table)
     name = _short(f"clip_move_{last}_{names.to}")
-    body = sql.SQL(_FUNCTION).format(
-        vector=sql.Identifier(columns[0]), metadata=sql.Identifier(columns[1])
-    )
-    return sql.SQL(_TRIGGER).format(
-        function=sql.Identifier(*schema, name), trigger=sql.Identifier(name),
-        table=sql.Identifier(*schema, last), url=sql.Identifier(url),
-        body=sql.Literal(body.as_string(None)),
-    )  # fmt: skip
+    parts = {
+        "function": sql.Identifier(*schema, name), "table": sql.Identifier(*schema, last),
+        "trigger": sql.Identifier(_short(f"zz_{name}")),  # behind the user's own
+    }  # fmt: skip
+    for part in ("old", "new"):
+        cells = [sql.SQL(f"{part.upper()}.{{}}").format(sql.Identifier(c)) for c in watched]
+        parts[part] = sql.SQL(", ").join(cells)
+    cleared = dict(zip(("vector", "metadata"), map(sql.Identifier, columns), strict=True))
+    body = sql.Literal(sql.SQL(_BODY).format(**cleared).as_string(None))
+    return sql.SQL(_FUNCTION + _TRIGGER * bool(watched)).format(**parts, body=body)
 
 # %% ../../nbs/11i_migrate.ipynb #statements
 _COUNTS = """
@@ -113,7 +123,15 @@ SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depen
     LEFT JOIN pg_class AS c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
 WHERE d.refobjid = to_regclass(%(table)s) AND d.refclassid = 'pg_class'::regclass
     AND a.attname = ANY(%(columns)s) AND c.relkind IS DISTINCT FROM 'i'
-    AND c.relkind IS DISTINCT FROM 'I' ORDER BY 1"""
+    AND c.relkind IS DISTINCT FROM 'I'
+    AND NOT EXISTS (SELECT FROM pg_attrdef AS own WHERE d.classid = 'pg_attrdef'::regclass
+        AND own.oid = d.objid AND own.adnum = a.attnum AND a.attgenerated = '')
+    AND NOT EXISTS (SELECT FROM pg_constraint AS k WHERE d.classid = 'pg_constraint'::regclass
+        AND k.oid = d.objid AND k.contype = 'n') ORDER BY 1"""
+_WATCHED = f"""
+SELECT {triggers._WATCHED}
+FROM pg_class AS c JOIN pg_attribute AS u ON u.attrelid = c.oid AND u.attname = %(url)s
+WHERE c.oid = to_regclass(%(table)s)"""
 _FUNCTIONS = """
 SELECT p.oid::regprocedure::text FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
@@ -125,13 +143,15 @@ WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <>
 _COPY = """
 WITH part AS (
     SELECT t.{id} AS id, t.{vector} IS NOT NULL
-        AND (t.{to} IS NULL OR t.{to_metadata}->>'embedded_at'
-            IS DISTINCT FROM t.{metadata}->>'embedded_at') AS is_due
+        AND (t.{to_metadata}->>'embedded_at' IS DISTINCT FROM t.{metadata}->>'embedded_at'
+            OR ROW(t.{to})::record OPERATOR(pg_catalog.*<>) ROW(t.{vector}::{type})::record)
+            AS is_due
     FROM {table} AS t WHERE %(last)s::text IS NULL OR t.{id} > %(last)s::text::{id_type}
     ORDER BY t.{id} LIMIT %(size)s),
 copied AS (
     UPDATE {table} AS t SET {to} = t.{vector}::{type},
-        {to_metadata} = coalesce(t.{metadata}, '{{}}') - 'backfill_lease'
+        {to_metadata} = CASE jsonb_typeof(t.{metadata})
+            WHEN 'object' THEN t.{metadata} - 'backfill_lease' ELSE '{{}}' END
     FROM part WHERE t.{id} = part.id AND part.is_due RETURNING 1)
 SELECT count(*), (SELECT id::text FROM part ORDER BY part.id DESC LIMIT 1),
     (SELECT count(*) FROM copied) FROM part"""
@@ -200,7 +220,7 @@ class Migration:
             if len(name.encode()) > _LONGEST_NAME:
                 raise UsageError(f"a column cannot be called {name!r}: it is too long")
         self._columns = postgres._read_columns(database, table)
-        self._url = url_column if url_column in self._columns else ""
+        self._url = url_column
         if id_column not in self._columns:
             raise UsageError(f"no column {id_column!r}: name the --id-column")
         self.stage = self.names.stage(self._columns)
@@ -276,17 +296,18 @@ class Migration:
         column = "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {to} {type}, "
         column += "ADD COLUMN IF NOT EXISTS {to_metadata} jsonb"
 
+        watched = self._look(_WATCHED, url=self._url)
+        if not watched:
+            raise UsageError(f"no column {self._url!r}: name the --url-column or --path-column")
+
         def act(connection: Any) -> None:
             new_type = sql.SQL(kind.replace("%", "%%"))
             connection.execute(self._compose(column, type=new_type), {})
-            self._keep_in_step(connection, (names.to, names.to_metadata))
+            new = (names.to, names.to_metadata)
+            # guard: a vector never belongs to another picture
+            connection.execute(_trigger(self._table, names, new, *watched[0]))
 
         self._change(act)
-
-    def _keep_in_step(self, connection: Any, columns: tuple[str, str]) -> None:
-        """Let the trigger clear these columns when the URL changes."""
-        if self._url:  # guard: a vector never belongs to another picture
-            connection.execute(_trigger(self._table, self.names, columns, self._url))
 
     def counts(self, connection: Any = None) -> _Counts:
         """Count the vectors of both columns."""
@@ -425,7 +446,10 @@ class Migration:
                          "{to} TO {vector}", "{to_metadata} TO {metadata}"):  # fmt: skip
                 more = {"kept": kept, "kept_metadata": kept_metadata}
                 connection.execute(self._compose(table + text, **more), {})
-            self._keep_in_step(connection, names.kept())
+            for name in (kept, kept_metadata):  # else no row could be added without an old vector
+                text = "ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL"
+                connection.execute(self._compose(text, name=name), {})
+            connection.execute(_trigger(self._table, names, names.kept()))
 
         self._change(act)
 
@@ -446,7 +470,7 @@ class Migration:
                          "{vector} TO {to}", "{metadata} TO {to_metadata}"):  # fmt: skip
                 more = {"first": first, "second": second}
                 connection.execute(self._compose(table + text, **more), {})
-            self._keep_in_step(connection, (names.to, names.to_metadata))
+            connection.execute(_trigger(self._table, names, (names.to, names.to_metadata)))
 
         self._change(act)
 

@@ -399,6 +399,17 @@ def test_the_statement_can_be_printed_alone(server, capsys) -> None:
     assert statement.startswith("CREATE INDEX CONCURRENTLY") and "WHERE (id <> '7')" in statement
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_a_filter_writes_nothing_while_its_type_is_asked_for(server, second) -> None:
+    server.do("""CREATE OR REPLACE FUNCTION emptied() RETURNS text LANGUAGE sql
+        AS $$ DELETE FROM video_scenes; SELECT 'a' $$""")
+    two = "1) AS value) AS q ON true; COMMIT; DELETE FROM video_scenes; SELECT 'a'"
+    two += " FROM (SELECT) AS one LEFT JOIN (SELECT (1"
+    with pytest.raises(CommandError, match="multiple commands" if second else "read-only"):
+        call(server, "check", "--filter", two if second else "emptied()")
+    assert server.admin.execute("SELECT count(*) FROM video_scenes").fetchone() == (5000,)
+
+
 def test_texts_of_another_space_are_not_measured(server, capsys, monkeypatch, tmp_path) -> None:
     from contextlib import nullcontext
 

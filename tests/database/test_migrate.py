@@ -429,3 +429,17 @@ def test_the_index_of_sync_is_built_anew_after_a_swap(table: Table) -> None:
     index = "SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'heimdex_todo%'"
     assert "(embedding_visual_clip IS NULL)" in table.value(index)
     sink.close(complete=True)
+
+
+def test_a_process_from_before_a_swap_writes_nothing_into_the_new_column(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection())
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    move.swap()
+    table.admin.execute("""INSERT INTO video_scenes (video_id, thumbnail_url)
+        SELECT id, 'https://x/new' FROM videos""")
+    (page,) = sink.pages(10)
+    with pytest.raises(BackfillError, match="another one than when this process began"):
+        sink.claim(page)
+    sink.close(complete=False)

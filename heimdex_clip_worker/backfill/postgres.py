@@ -579,6 +579,8 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
 _UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
+_MOST_CHANGES = 5  # in succession, each while the picture was being embedded
+_CHANGES = "its URL changes again and again; does a trigger change it at each update?"
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 
 
@@ -630,6 +632,7 @@ class PostgresSink(Sink):
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
         self._unwritable: dict[int | str, float] = {}  # not recorded, so they stay selected; since
+        self._changes: dict[int | str, int] = {}  # id -> results in vain, as the URL had changed
 
     def compose(self, text: str) -> Any:
         """Fill the names of the table, and the rules about its rows, into a statement."""
@@ -905,14 +908,30 @@ class PostgresSink(Sink):
         rows = [results[n].row for n in unclear]
         values = {"times": [_time(results[n]) for n in unclear], "tokens": self._tokens(rows)}
         if unclear:
-            self._find_each("release_changed", rows, tokens=values["tokens"], **self._sent(rows))
+            stuck = self._unsteady(rows, values["tokens"], refused, unclear)
             earlier = self._find("written", rows, times=values["times"])
             written |= {unclear[n]: results[unclear[n]] for n in earlier}
-            stuck = {unclear[n] for n in self._find("stuck", rows, **values)} - written.keys()
+            stuck |= {unclear[n] for n in self._find("stuck", rows, **values)}
+            stuck -= written.keys()
             stuck |= {n for n in unclear if results[n].row.id in self._unwritable}
             written |= self._fail({n: results[n] for n in stuck}, refused)
         self._forget([result.row for result in results])
+        for result in written.values():
+            self._changes.pop(result.row.id, None)
         return [written[n] for n in sorted(written)]
+
+    def _unsteady(
+        self, rows: list[Row], tokens: list[str], refused: dict[int, str], indices: list[int]
+    ) -> set[int]:
+        """Release rows with another URL; return the indices of those that never keep theirs."""
+        changed, _ = self._find_each("release_changed", rows, tokens=tokens, **self._sent(rows))
+        unsteady = set()
+        for n in changed:
+            count = self._changes[rows[n].id] = self._changes.get(rows[n].id, 0) + 1
+            if count >= _MOST_CHANGES:  # guard: no row is embedded for ever
+                unsteady.add(indices[n])
+        refused |= dict.fromkeys(unsteady, _CHANGES)
+        return unsteady
 
     def _write(self, results: list[RowResult]) -> tuple[dict[int, RowResult], dict[int, str]]:
         """Write results; return those written, and the reasons of those that are refused."""

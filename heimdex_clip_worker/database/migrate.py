@@ -216,6 +216,9 @@ class Migration:
         self._database, self._table, self._id, self._say = database, table, id_column, say
         to_metadata = to_metadata or f"{to}_metadata"
         self.names = _Names(vector_column, metadata_column, to, to_metadata)
+        # guard: what is dropped in the end is no column that serves
+        if len({vector_column, metadata_column, to, to_metadata}) < 4:
+            raise UsageError("--to and --to-metadata must be new columns, and two of them")
         for name in [*self.names.kept(), to, to_metadata]:
             if len(name.encode()) > _LONGEST_NAME:
                 raise UsageError(f"a column cannot be called {name!r}: it is too long")

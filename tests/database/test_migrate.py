@@ -443,3 +443,9 @@ def test_a_process_from_before_a_swap_writes_nothing_into_the_new_column(table: 
     with pytest.raises(BackfillError, match="another one than when this process began"):
         sink.claim(page)
     sink.close(complete=False)
+
+
+@pytest.mark.parametrize("names", [("embedding_visual_clip", ""), ("v2", "visual_clip_metadata")])
+def test_no_column_that_serves_is_taken_for_the_new_one(table: Table, names: Any) -> None:
+    with pytest.raises(UsageError, match="must be new columns"):
+        table.move(to=names[0], to_metadata=names[1])

@@ -394,6 +394,7 @@ LOCAL = [
 POSTGRES = [
     ("a result is of its picture", (r"_IS_SAME_URL if has_url else ", "")),
     ("no column gets vectors of another space", (r"_IS_SAME_COLUMN", '"true"')),
+    ("no row is embedded for ever", NEVER),
 ]
 TRIGGERS = [
     ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),
@@ -440,6 +441,7 @@ SEARCH_TABLE = [
     ("a sample has not seen every row", SKIP),
 ]
 MIGRATE = [
+    ("what is dropped in the end is no column that serves", NEVER),
     ("readers wait for a moment only", SKIP),
     ("a vector never belongs to another picture", SKIP),
     ("hidden rows are counted too", SKIP),

@@ -15,7 +15,10 @@ from typing import Any
 from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
 from . import backfill
-from .console import CommandError, Status, printable, progress_bar, say, table
+from .console import CommandError, Status, progress_bar, say, table
+
+# isort: split
+from .console import printable
 from ..database.migrate import Migration
 from ..settings import ClientSettings
 

@@ -348,6 +348,7 @@ class _BuildError(BackfillError):
             "42501": "only the owner of the table can do that",
             "57014": "a timeout of the role, or of the pooler: use a direct connection",
             "53200": "give it less --memory",
+            "42P07": "it is of another column, perhaps from before a swap: give another --name",
         }
         line = redact_urls((str(error).strip().splitlines() or [type(error).__name__])[0])
         hint = hints.get(error.sqlstate or "", "")

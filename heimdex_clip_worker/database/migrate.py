@@ -136,10 +136,11 @@ _FUNCTIONS = """
 SELECT p.oid::regprocedure::text FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
     AND strpos(p.prosrc, %(vector)s) > 0 AND p.proname <> %(own)s ORDER BY 1"""
-_TRIGGERS = """
+_TRIGGERS = r"""
 SELECT t.tgname FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <> %(own)s
-    AND strpos(p.prosrc, %(to)s) > 0 ORDER BY 1"""
+    AND p.prosrc ~ ('(^|\W)' || regexp_replace(%(to)s, '(\W)', '\\\1', 'g') || '(\W|$)')
+ORDER BY 1"""
 _COPY = """
 WITH part AS (
     SELECT t.{id} AS id, t.{vector} IS NOT NULL

@@ -524,7 +524,8 @@ def test_a_run_ends_when_a_changed_row_has_its_new_picture(server: Server) -> No
 def test_a_row_whose_url_never_stays_is_not_embedded_for_ever(server: Server) -> None:
     table = server.make("unsteady")
     server.do("""CREATE FUNCTION renamed() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN NEW.thumbnail_url := 'https://y' || clock_timestamp() || '/3'; RETURN NEW; END $$""")
+        $$ BEGIN NEW.thumbnail_url := 'https://' || clock_timestamp() || '/3'; RETURN NEW; END $$
+        """)
     server.do(f"""CREATE TRIGGER renamed BEFORE UPDATE ON {table} FOR EACH ROW WHEN (OLD.id = 3)
         EXECUTE FUNCTION renamed()""")
     outcome = Outcome(server.sink(table))

@@ -418,6 +418,16 @@ def test_a_copy_takes_what_has_changed_whatever_the_metadata_says(table: Table) 
     assert (move.copy(), move.copy()) == (1, 0)
 
 
+def test_a_name_within_a_word_hinders_no_swap(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection())
+    Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())
+    move = table.move(to="clip")  # is in visual_clip_metadata
+    move.add()
+    move.copy()
+    assert move.blockers() == []
+    sink.close(complete=True)
+
+
 def test_the_index_of_sync_is_built_anew_after_a_swap(table: Table) -> None:
     sink = PostgresSink(Database(table.uri_of("app")), Selection(retries=1, has_url=True))
     Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())

@@ -141,6 +141,12 @@ SELECT t.tgname FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <> %(own)s
     AND p.prosrc ~ ('(^|\W)' || regexp_replace(%(to)s, '(\W)', '\\\1', 'g') || '(\W|$)')
 ORDER BY 1"""
+_OWN_TRIGGERS = """
+SELECT DISTINCT p.oid::regprocedure::text, p.procost
+FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE NOT t.tgisinternal AND pg_has_role(p.proowner, 'USAGE') AND t.tgrelid IN (
+    SELECT to_regclass(%(table)s) UNION SELECT relid FROM pg_partition_tree(to_regclass(%(table)s)))
+ORDER BY 1"""
 _COPY = """
 WITH part AS (
     SELECT t.{id} AS id, t.{vector} IS NOT NULL
@@ -454,8 +460,18 @@ class Migration:
                 text = "ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL"
                 connection.execute(self._compose(text, name=name), {})
             connection.execute(_trigger(self._table, names, names.kept()))
+            self._renew_triggers(connection)
 
         self._change(act)
+
+    def _renew_triggers(self, connection: Any) -> None:
+        """Let open sessions compile the functions of triggers anew, for columns of other types."""
+        from psycopg import sql
+
+        table = {"table": postgres._quote_table(self._table)}
+        for function, cost in connection.execute(_OWN_TRIGGERS, table).fetchall():
+            parts = [sql.SQL(function), sql.Literal(cost)]  # nothing but a new version
+            connection.execute(sql.SQL("ALTER FUNCTION {} COST {}").format(*parts))
 
     def undo(self, force: bool = False) -> None:
         """Exchange the names back in one transaction; `force`: whatever speaks against it."""
@@ -475,6 +491,7 @@ class Migration:
                 more = {"first": first, "second": second}
                 connection.execute(self._compose(table + text, **more), {})
             connection.execute(_trigger(self._table, names, (names.to, names.to_metadata)))
+            self._renew_triggers(connection)
 
         self._change(act)
 

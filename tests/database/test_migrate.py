@@ -418,6 +418,20 @@ def test_a_copy_takes_what_has_changed_whatever_the_metadata_says(table: Table) 
     assert (move.copy(), move.copy()) == (1, 0)
 
 
+def test_open_sessions_go_on_updating_after_a_swap_to_another_type(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection())
+    Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    change = "UPDATE video_scenes SET thumbnail_url = %s WHERE index = 3"
+    with psycopg.connect(table.uri_of("service"), autocommit=True) as session:
+        for number, act in enumerate((lambda: None, move.swap, move.undo)):
+            act()
+            session.execute(change, [f"https://x/new{number}"])
+    sink.close(complete=True)
+
+
 def test_a_name_within_a_word_hinders_no_swap(table: Table) -> None:
     sink = PostgresSink(Database(table.uri_of("app")), Selection())
     Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())

@@ -579,7 +579,7 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
 _UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
-_MOST_CHANGES = 5  # in succession, each while the picture was being embedded
+_MOST_CHANGES = 4  # in succession, each while the picture was being embedded
 _CHANGES = "its URL changes again and again; does a trigger change it at each update?"
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import closing
+from contextlib import closing, suppress
 
 from ..backfill.postgres import Database, PostgresSink
 from ..backfill.rows import BackfillError, UsageError, import_extra
@@ -116,8 +116,7 @@ class Triggers:
 
         self._database, names = database, sink.names
         values = {"table": sink.quoted_table, "times": list(_TIMES)}
-        values |= {"url": names["url"], "vector": names["vector"]}
-        values |= {"columns": list(names.values())}
+        values |= {"url": names["url"], "vector": names["vector"], "columns": [*names.values()]}
         ((schema, name, self._is_partitioned, is_required, watched, time, unfit),) = (
             database.run(_FACTS, values)
         )
@@ -131,8 +130,7 @@ class Triggers:
         self._names = {role: _name(role, schema, name, names["vector"]) for role in roles}
         self.channel = _name("wake", schema, name, names["vector"])
         self.guard = f"zz_{self._names['changed']}"  # the name of the trigger that clears vectors
-        # A build that was interrupted, or an index of other columns: another URL, before a swap.
-        self._is_unfit = self._names["todo"] in unfit
+        self._is_unfit = self._names["todo"] in unfit  # interrupted, or of other columns
         self._schema = schema
         self._roles = ["changed"]  # guard: another picture clears the vector
         self._roles += ["added"] if notifies else []
@@ -173,9 +171,12 @@ class Triggers:
         try:
             with closing(self._database.connect()) as connection:
                 connection.execute("SET statement_timeout = 0")  # of the role; an index takes long
-                for statement in statements:
-                    connection.execute(statement)
-                connection.execute("RESET statement_timeout")  # a pooler keeps the session
+                try:
+                    for statement in statements:
+                        connection.execute(statement)
+                finally:
+                    with suppress(psycopg.Error):  # a pooler keeps the session
+                        connection.execute("RESET statement_timeout")
         except psycopg.Error as error:
             reason = redact_urls(str(error).splitlines()[0])
             raise BackfillError(f"the database refuses: {reason}") from error

@@ -450,10 +450,12 @@ def _build_on_partitions(
         done = build_index(database, replace(part, name=part._make_name()), **options)
         seconds += done.get("seconds", 0.0)
         database.say(f"partition {number} of {len(leaves)}, {table}: {done['status']}")
-    if not any(index.name == plan.name for index in existing):
+    # The index of the table itself takes no space.
+    names = [i.name for i in existing if i.name == plan.name or not i.bytes]
+    if not names:
         column.run(database, "{index}", index=plan.statement(concurrently=False))
     indexes = column.indexes(database.run)
     status = "built" if seconds else "exists"
-    index = next(i for i in indexes if i.name == plan.name)
+    index = next(i for i in indexes if i.name in (names or [plan.name]))
     total = sum(i.bytes for i in indexes if _is_like(i, plan))
     return {"status": status, **_describe(index), "bytes": total, "seconds": round(seconds, 1)}

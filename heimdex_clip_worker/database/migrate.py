@@ -141,6 +141,12 @@ SELECT t.tgname FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <> %(own)s
     AND p.prosrc ~ ('(^|\W)' || regexp_replace(%(to)s, '(\W)', '\\\1', 'g') || '(\W|$)')
 ORDER BY 1"""
+_GRANTS = """
+SELECT b.name, x.grantee::regrole::text, x.privilege_type, x.is_grantable, x.grantee = 0
+FROM unnest(%(ours)s::text[], %(theirs)s::text[]) AS b (column_name, name)
+    JOIN pg_attribute AS a ON a.attrelid = to_regclass(%(table)s) AND a.attname = b.column_name
+    CROSS JOIN LATERAL aclexplode(a.attacl) AS x
+ORDER BY 1, 2, 3"""
 _OWN_TRIGGERS = """
 SELECT DISTINCT p.oid::regprocedure::text, p.procost
 FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
@@ -452,6 +458,8 @@ class Migration:
             counts = self.counts(connection)
             if counts.missing and not force:  # guard: no row loses its vector
                 raise BackfillError(counts.reason())
+            new = (names.to, names.to_metadata)
+            self._copy_grants(connection, (names.vector, names.metadata), new)
             for text in ("{vector} TO {kept}", "{metadata} TO {kept_metadata}",
                          "{to} TO {vector}", "{to_metadata} TO {metadata}"):  # fmt: skip
                 more = {"kept": kept, "kept_metadata": kept_metadata}
@@ -463,6 +471,21 @@ class Migration:
             self._renew_triggers(connection)
 
         self._change(act)
+
+    def _copy_grants(self, connection: Any, of: Sequence[str], to: Sequence[str]) -> None:
+        """Give columns the privileges that roles have for those that served so far."""
+        from psycopg import sql
+
+        values = {"ours": list(of), "theirs": list(to)}
+        values |= {"table": postgres._quote_table(self._table)}
+        grants = connection.execute(_GRANTS, values).fetchall()
+        for name, role, what, may_grant, is_public in grants:
+            grant = self._compose(
+                "GRANT {what} ({name}) ON {table} TO {role}{option}", name=postgres._quote(name),
+                what=sql.SQL(what), role=sql.SQL("PUBLIC" if is_public else role.replace("%", "%%")),
+                option=sql.SQL(" WITH GRANT OPTION" * may_grant),
+            )  # fmt: skip
+            connection.execute(grant, {})
 
     def _renew_triggers(self, connection: Any) -> None:
         """Let open sessions compile the functions of triggers anew, for columns of other types."""
@@ -486,6 +509,7 @@ class Migration:
         # `to` and `vector` are what they are called now: the new vectors, and the old ones.
 
         def act(connection: Any) -> None:
+            self._copy_grants(connection, (names.vector, names.metadata), names.kept())
             for text in ("{to} TO {first}", "{to_metadata} TO {second}",
                          "{vector} TO {to}", "{metadata} TO {to_metadata}"):  # fmt: skip
                 more = {"first": first, "second": second}

@@ -179,6 +179,17 @@ def test_a_partitioned_table_is_indexed_and_checked(server) -> None:
     assert report["groups"]["stored"]["uses_index"] and len(names(server, column)) == 4
 
 
+def test_an_index_of_a_partitioned_table_serves_under_any_name(server) -> None:
+    server.do(
+        "CREATE TABLE any_name (id bigint, v extensions.vector(3)) PARTITION BY HASH (id)",
+        "CREATE TABLE any_name_0 PARTITION OF any_name FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+        "CREATE INDEX mine ON any_name USING hnsw (v extensions.vector_cosine_ops)",
+    )
+    column = VectorColumn.read(server.database, "any_name", "v")
+    done = build_index(server.database, IndexPlan.choose(column))
+    assert (done["status"], done["index"]) == ("exists", "mine")
+
+
 def test_ivfflat_needs_more_probes(server) -> None:
     column = server.table("lists")
     build_index(server.database, IndexPlan.choose(column, method="ivfflat", lists=50), workers=0)

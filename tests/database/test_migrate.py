@@ -432,6 +432,23 @@ def test_open_sessions_go_on_updating_after_a_swap_to_another_type(table: Table)
     sink.close(complete=True)
 
 
+def test_roles_keep_the_privileges_for_the_columns_that_serve(table: Table) -> None:
+    table.admin.execute("""REVOKE ALL ON video_scenes FROM service;
+        GRANT SELECT (embedding_visual_clip) ON video_scenes TO service, PUBLIC;
+        GRANT UPDATE (visual_clip_metadata) ON video_scenes TO service WITH GRANT OPTION""")
+    query = """SELECT column_name, grantee, privilege_type, is_grantable
+        FROM information_schema.column_privileges WHERE table_name = 'video_scenes'
+            AND grantee IN ('service', 'PUBLIC') AND column_name IN
+                ('embedding_visual_clip', 'visual_clip_metadata') ORDER BY 1, 2, 3"""
+    before = table.admin.execute(query).fetchall()
+    move = table.move(to="half")
+    move.add()
+    move.copy()
+    for act in (move.swap, move.undo):
+        act()
+        assert table.admin.execute(query).fetchall() == before and len(before) == 3
+
+
 def test_a_name_within_a_word_hinders_no_swap(table: Table) -> None:
     sink = PostgresSink(Database(table.uri_of("app")), Selection())
     Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())

@@ -142,7 +142,8 @@ WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <>
     AND p.prosrc ~ ('(^|\W)' || regexp_replace(%(to)s, '(\W)', '\\\1', 'g') || '(\W|$)')
 ORDER BY 1"""
 _GRANTS = """
-SELECT b.name, x.grantee::regrole::text, x.privilege_type, x.is_grantable, x.grantee = 0
+SELECT b.name, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE x.grantee::regrole::text END,
+    x.privilege_type, x.is_grantable
 FROM unnest(%(ours)s::text[], %(theirs)s::text[]) AS b (column_name, name)
     JOIN pg_attribute AS a ON a.attrelid = to_regclass(%(table)s) AND a.attname = b.column_name
     CROSS JOIN LATERAL aclexplode(a.attacl) AS x
@@ -479,10 +480,10 @@ class Migration:
         values = {"ours": list(of), "theirs": list(to)}
         values |= {"table": postgres._quote_table(self._table)}
         grants = connection.execute(_GRANTS, values).fetchall()
-        for name, role, what, may_grant, is_public in grants:
+        for name, role, what, may_grant in grants:
             grant = self._compose(
                 "GRANT {what} ({name}) ON {table} TO {role}{option}", name=postgres._quote(name),
-                what=sql.SQL(what), role=sql.SQL("PUBLIC" if is_public else role.replace("%", "%%")),
+                what=sql.SQL(what), role=sql.SQL(role.replace("%", "%%")),
                 option=sql.SQL(" WITH GRANT OPTION" * may_grant),
             )  # fmt: skip
             connection.execute(grant, {})

@@ -191,7 +191,7 @@ def _quote(*parts: str) -> Any:
 _COLUMNS = """
 SELECT a.attname, c.relkind, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, -1),
     a.attgenerated <> '', has_column_privilege(c.oid, a.attnum, 'UPDATE'), i.is_unique,
-    coalesce(i.is_unique AND NOT i.is_immediate, false)
+    coalesce(i.is_unique AND NOT i.is_immediate, false), a.attnum
 FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid CROSS JOIN LATERAL (
     SELECT count(*) > 0 AS is_unique, bool_or(i.indimmediate) AS is_immediate FROM pg_index AS i
     WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid
@@ -209,6 +209,7 @@ class _Column:
     is_updatable: bool  # by this role
     is_unique: bool  # by itself
     is_deferrable: bool  # unique, but not before the end of a transaction
+    number: int  # it stays when the column gets another name
 
 
 def _read_columns(database: Database, table: str) -> dict[str, _Column]:
@@ -326,6 +327,9 @@ _IS_SELECTED = """(%(reembed)s OR t.{vector} IS NULL)
 # The partial index of `sync` has this condition, word for word.
 _IS_OPEN = "(t.{metadata}->'code' IS NULL OR t.{metadata}->'retry_at' IS NOT NULL)"
 _IS_SAME_URL = "(sent.url IS NULL OR coalesce(t.{url}::text, '') = sent.url)"
+# While a statement runs, the lock on its table keeps a swap of the columns out.
+_IS_SAME_COLUMN = """{number} = (SELECT attnum FROM pg_attribute
+    WHERE attrelid = to_regclass({table_name}) AND attname = {vector_name})"""
 _HAS_URL = "AND (NOT %(has_url)s OR t.{url}::text <> '')"
 _LONGEST_LEASE_S = 3600.0
 _TIME = """to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
@@ -389,6 +393,7 @@ FROM unnest(%(ids)s::text[], %(times)s::text[], %(tokens)s::text[])
 JOIN {table} AS t ON t.{id} = sent.id::{id_type}
 WHERE sent.token = t.{metadata}#>>'{{backfill_lease,token}}'
     OR sent.time = t.{metadata}->>'embedded_at'""",
+    "same_column": "SELECT {is_same_column}",
     "spaces": """
 SELECT coalesce(t.{metadata}->>'space_id', ''), coalesce(t.{metadata}->>'model_version', ''),
     count(*)
@@ -410,7 +415,7 @@ WITH free AS (
     SELECT t.{id} AS id, sent.position
     FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)
     JOIN {table} AS t ON t.{id} = sent.id::{id_type}
-    WHERE {is_selected}
+    WHERE {is_selected} AND {is_same_column}
         AND ({seconds_held} = 0 OR t.{metadata}#>>'{{backfill_lease,token}}' = %(token)s)
     ORDER BY t.{id}
     FOR UPDATE OF t SKIP LOCKED),
@@ -510,6 +515,7 @@ def _fragments(has_url: bool) -> dict[str, str]:
         "is_open": _IS_OPEN,
         "and_has_url": _HAS_URL if has_url else "",
         "is_same_url": _IS_SAME_URL if has_url else "true",  # guard: a result is of its picture
+        "is_same_column": _IS_SAME_COLUMN,  # guard: no column gets vectors of another space
         "is_selected": _IS_SELECTED,
         "seconds_held": _SECONDS_HELD,
         "attempts": _ATTEMPTS,
@@ -542,6 +548,10 @@ def _parts(
     parts |= {"table": _quote(*_parse_table_name(table))}
     parts["unless_it_exists"] = sql.SQL(rule).format(parts["id"])
     parts["longest_lease_s"] = sql.Literal(_LONGEST_LEASE_S)
+    parts["number"] = sql.Literal(columns[names["vector"]].number)
+    place = {"table_name": _quote_table(table), "vector_name": names["vector"]}
+    for name, text in place.items():
+        parts[name] = sql.SQL(sql.Literal(text).as_string(None).replace("%", "%%"))
     for name, text in _fragments("url" in names).items():
         parts[name] = sql.SQL(text).format(**parts)
     parts.setdefault("url", sql.SQL("url"))  # in `page`, which is not used then
@@ -571,6 +581,8 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
 _UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
+_MOST_CHANGES = 4  # in succession, each while the picture was being embedded
+_CHANGES = "its URL changes again and again; does a trigger change it at each update?"
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 
 
@@ -622,6 +634,7 @@ class PostgresSink(Sink):
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
         self._unwritable: dict[int | str, float] = {}  # not recorded, so they stay selected; since
+        self._changes: dict[int | str, int] = {}  # id -> results in vain, as the URL had changed
 
     def compose(self, text: str) -> Any:
         """Fill the names of the table, and the rules about its rows, into a statement."""
@@ -815,6 +828,11 @@ class PostgresSink(Sink):
                 is_locked = True
         held = {i: s for i, s in held.items() if i not in self._leases}
         stuck = [row_id for row_id, seconds in held.items() if not seconds]
+        if stuck and not self.database.run(self._statements["same_column"])[0][0]:
+            raise BackfillError(
+                f"column {self.names['vector']!r} is another one than when this process began "
+                "(migrate swap, or undo): start it again, with an endpoint of the column's space"
+            )
         if is_locked:
             stuck = self._locked_for_long(stuck)
         reasons |= {row_id: _LOCKED if is_locked else _UPDATES_NONE for row_id in stuck}
@@ -892,14 +910,30 @@ class PostgresSink(Sink):
         rows = [results[n].row for n in unclear]
         values = {"times": [_time(results[n]) for n in unclear], "tokens": self._tokens(rows)}
         if unclear:
-            self._find_each("release_changed", rows, tokens=values["tokens"], **self._sent(rows))
+            stuck = self._unsteady(rows, values["tokens"], refused, unclear)
             earlier = self._find("written", rows, times=values["times"])
             written |= {unclear[n]: results[unclear[n]] for n in earlier}
-            stuck = {unclear[n] for n in self._find("stuck", rows, **values)} - written.keys()
+            stuck |= {unclear[n] for n in self._find("stuck", rows, **values)}
+            stuck -= written.keys()
             stuck |= {n for n in unclear if results[n].row.id in self._unwritable}
             written |= self._fail({n: results[n] for n in stuck}, refused)
         self._forget([result.row for result in results])
+        for result in written.values():
+            self._changes.pop(result.row.id, None)
         return [written[n] for n in sorted(written)]
+
+    def _unsteady(
+        self, rows: list[Row], tokens: list[str], refused: dict[int, str], indices: list[int]
+    ) -> set[int]:
+        """Release rows with another URL; return the indices of those that never keep theirs."""
+        changed, _ = self._find_each("release_changed", rows, tokens=tokens, **self._sent(rows))
+        unsteady = set()
+        for n in changed:
+            count = self._changes[rows[n].id] = self._changes.get(rows[n].id, 0) + 1
+            if count >= _MOST_CHANGES:  # guard: no row is embedded for ever
+                unsteady.add(indices[n])
+        refused |= dict.fromkeys(unsteady, _CHANGES)
+        return unsteady
 
     def _write(self, results: list[RowResult]) -> tuple[dict[int, RowResult], dict[int, str]]:
         """Write results; return those written, and the reasons of those that are refused."""

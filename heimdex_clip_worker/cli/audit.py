@@ -417,7 +417,8 @@ def _name(group: tuple[str, ...]) -> str:
     space, version, model, pretrained, error = group
     parts = [f"space {space}" if space else "no space_id", version]
     parts += [f"{model or 'no model'} ({pretrained or 'no pretrained'})"] if not space else []
-    return ", ".join(filter(None, [*parts, f"error {error}" if error else ""]))
+    parts.append(f"error {error}" if error else "")
+    return console.printable(", ".join(filter(None, parts)))
 
 
 def _dates(run: Any) -> str:
@@ -484,7 +485,7 @@ def _look_at_all(args: argparse.Namespace, run: Any) -> str:
     words += ["--until", run.last if len(run.last) in (0, 10) else f"{run.last}-99"]
     words += ["--backend", args.backend] if args.backend else []
     words += ["--seeded", args.seeded] if args.seeded else []
-    return shlex.join(words)
+    return console.printable(shlex.join(words))
 
 # %% ../../nbs/13p_audit.ipynb #audit-rows
 def _now() -> str:
@@ -611,6 +612,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.sample < 1:
             raise UsageError(f"--sample is {args.sample}: look at 1 row or more")
+        if args.out and not args.out.absolute().parent.is_dir():
+            raise UsageError(f"--out {args.out}: there is no such folder")
         if args.since and args.until and args.since > args.until:
             raise UsageError("--since is later than --until")
         with console.needs("backfill", "An audit"):

@@ -258,7 +258,12 @@ def _open_search(args: argparse.Namespace, database: Database, column: VectorCol
     )  # fmt: skip
     if args.filter:
         parts = {"filter": sql.SQL(args.filter), "join": sql.SQL(search.join)}
-        ((type_,),) = column.run(database, _TYPE_OF_FILTER, **parts)
+        with database.transaction() as connection:
+            # guard: a filter changes nothing
+            connection.execute("SET TRANSACTION READ ONLY")
+            statement = column.sql(_TYPE_OF_FILTER, **parts)
+            # In the binary format, the server takes one statement and no second one.
+            ((type_,),) = connection.execute(statement, binary=True).fetchall()
         search = replace(search, filter_type=type_)
     if args.function:
         given = dict(args.argument)

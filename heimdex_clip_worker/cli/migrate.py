@@ -17,6 +17,9 @@ from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
 from . import backfill
 from .console import CommandError, Status, progress_bar, say, table
+
+# isort: split
+from .console import printable
 from ..database.migrate import Migration
 from ..settings import ClientSettings
 
@@ -117,7 +120,7 @@ def _report(summary: dict[str, Any], to: str) -> str:
     if "to_end" in summary:
         kind = "the old vectors" if summary["stage"] == "swapped" else "the new vectors"
         lines.append(f"or end it  this drops {kind}: {summary['to_end']}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 # %% ../../nbs/13q_migrate.ipynb #fill
 def _fill(move: Migration, args: argparse.Namespace, conninfo: str) -> int:

@@ -348,6 +348,7 @@ class _BuildError(BackfillError):
             "42501": "only the owner of the table can do that",
             "57014": "a timeout of the role, or of the pooler: use a direct connection",
             "53200": "give it less --memory",
+            "42P07": "it is of another column, perhaps from before a swap: give another --name",
         }
         line = redact_urls((str(error).strip().splitlines() or [type(error).__name__])[0])
         hint = hints.get(error.sqlstate or "", "")
@@ -449,10 +450,12 @@ def _build_on_partitions(
         done = build_index(database, replace(part, name=part._make_name()), **options)
         seconds += done.get("seconds", 0.0)
         database.say(f"partition {number} of {len(leaves)}, {table}: {done['status']}")
-    if not any(index.name == plan.name for index in existing):
+    # The index of the table itself takes no space.
+    names = [i.name for i in existing if i.name == plan.name or not i.bytes]
+    if not names:
         column.run(database, "{index}", index=plan.statement(concurrently=False))
     indexes = column.indexes(database.run)
     status = "built" if seconds else "exists"
-    index = next(i for i in indexes if i.name == plan.name)
+    index = next(i for i in indexes if i.name in (names or [plan.name]))
     total = sum(i.bytes for i in indexes if _is_like(i, plan))
     return {"status": status, **_describe(index), "bytes": total, "seconds": round(seconds, 1)}

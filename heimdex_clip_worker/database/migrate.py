@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .._retry import pause_s
 from ..backfill import postgres
 from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
+from . import triggers
 from .search import Match, RowSpace, TableSearch
 
 # %% auto #0
@@ -61,28 +62,37 @@ def _short(name: str) -> str:
     return name.encode()[: _LONGEST_NAME - 9].decode(errors="ignore") + "_" + digest
 
 # %% ../../nbs/11i_migrate.ipynb #trigger
-_TRIGGER = """
-CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body};
+_FUNCTION = """
+CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body}"""
+_BODY = "BEGIN NEW.{vector} := NULL; NEW.{metadata} := '{{}}'; RETURN NEW; END"
+_TRIGGER = """;
 DROP TRIGGER IF EXISTS {trigger} ON {table};
 CREATE TRIGGER {trigger} BEFORE UPDATE ON {table} FOR EACH ROW
-    WHEN (OLD.{url} IS DISTINCT FROM NEW.{url}) EXECUTE FUNCTION {function}()"""
-_FUNCTION = "BEGIN NEW.{vector} := NULL; NEW.{metadata} := NULL; RETURN NEW; END"
+    WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)
+    EXECUTE FUNCTION {function}()"""
 
 
-def _trigger(table: str, names: _Names, columns: tuple[str, str], url: str) -> Any:
+def _trigger(
+    table: str,
+    names: _Names,
+    columns: tuple[str, str],  # to clear
+    watched: Sequence[str] = (),  # columns of the URL; empty: the trigger stays as it is
+) -> Any:
     """Compose the statements that create or change the trigger."""
     from psycopg import sql
 
     *schema, last = postgres._parse_table_name(table)
     name = _short(f"clip_move_{last}_{names.to}")
-    body = sql.SQL(_FUNCTION).format(
-        vector=sql.Identifier(columns[0]), metadata=sql.Identifier(columns[1])
-    )
-    return sql.SQL(_TRIGGER).format(
-        function=sql.Identifier(*schema, name), trigger=sql.Identifier(name),
-        table=sql.Identifier(*schema, last), url=sql.Identifier(url),
-        body=sql.Literal(body.as_string(None)),
-    )  # fmt: skip
+    parts = {
+        "function": sql.Identifier(*schema, name), "table": sql.Identifier(*schema, last),
+        "trigger": sql.Identifier(_short(f"zz_{name}")),  # behind the user's own
+    }  # fmt: skip
+    for part in ("old", "new"):
+        cells = [sql.SQL(f"{part.upper()}.{{}}").format(sql.Identifier(c)) for c in watched]
+        parts[part] = sql.SQL(", ").join(cells)
+    cleared = dict(zip(("vector", "metadata"), map(sql.Identifier, columns), strict=True))
+    body = sql.Literal(sql.SQL(_BODY).format(**cleared).as_string(None))
+    return sql.SQL(_FUNCTION + _TRIGGER * bool(watched)).format(**parts, body=body)
 
 # %% ../../nbs/11i_migrate.ipynb #statements
 _COUNTS = """
@@ -113,25 +123,49 @@ SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depen
     LEFT JOIN pg_class AS c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
 WHERE d.refobjid = to_regclass(%(table)s) AND d.refclassid = 'pg_class'::regclass
     AND a.attname = ANY(%(columns)s) AND c.relkind IS DISTINCT FROM 'i'
-    AND c.relkind IS DISTINCT FROM 'I' ORDER BY 1"""
+    AND c.relkind IS DISTINCT FROM 'I'
+    AND NOT EXISTS (SELECT FROM pg_attrdef AS own WHERE d.classid = 'pg_attrdef'::regclass
+        AND own.oid = d.objid AND own.adnum = a.attnum AND a.attgenerated = '')
+    AND NOT EXISTS (SELECT FROM pg_constraint AS k WHERE d.classid = 'pg_constraint'::regclass
+        AND k.oid = d.objid AND k.contype = 'n') ORDER BY 1"""
+_WATCHED = f"""
+SELECT {triggers._WATCHED}
+FROM pg_class AS c JOIN pg_attribute AS u ON u.attrelid = c.oid AND u.attname = %(url)s
+WHERE c.oid = to_regclass(%(table)s)"""
 _FUNCTIONS = """
 SELECT p.oid::regprocedure::text FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
     AND strpos(p.prosrc, %(vector)s) > 0 AND p.proname <> %(own)s ORDER BY 1"""
-_TRIGGERS = """
+_TRIGGERS = r"""
 SELECT t.tgname FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass(%(table)s) AND NOT t.tgisinternal AND p.proname <> %(own)s
-    AND strpos(p.prosrc, %(to)s) > 0 ORDER BY 1"""
+    AND p.prosrc ~ ('(^|\W)' || regexp_replace(%(to)s, '(\W)', '\\\1', 'g') || '(\W|$)')
+ORDER BY 1"""
+_GRANTS = """
+SELECT b.name, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE x.grantee::regrole::text END,
+    x.privilege_type, x.is_grantable
+FROM unnest(%(ours)s::text[], %(theirs)s::text[]) AS b (column_name, name)
+    JOIN pg_attribute AS a ON a.attrelid = to_regclass(%(table)s) AND a.attname = b.column_name
+    CROSS JOIN LATERAL aclexplode(a.attacl) AS x
+ORDER BY 1, 2, 3"""
+_OWN_TRIGGERS = """
+SELECT DISTINCT p.oid::regprocedure::text, p.procost
+FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE NOT t.tgisinternal AND pg_has_role(p.proowner, 'USAGE') AND t.tgrelid IN (
+    SELECT to_regclass(%(table)s) UNION SELECT relid FROM pg_partition_tree(to_regclass(%(table)s)))
+ORDER BY 1"""
 _COPY = """
 WITH part AS (
     SELECT t.{id} AS id, t.{vector} IS NOT NULL
-        AND (t.{to} IS NULL OR t.{to_metadata}->>'embedded_at'
-            IS DISTINCT FROM t.{metadata}->>'embedded_at') AS is_due
+        AND (t.{to_metadata}->>'embedded_at' IS DISTINCT FROM t.{metadata}->>'embedded_at'
+            OR ROW(t.{to})::record OPERATOR(pg_catalog.*<>) ROW(t.{vector}::{type})::record)
+            AS is_due
     FROM {table} AS t WHERE %(last)s::text IS NULL OR t.{id} > %(last)s::text::{id_type}
     ORDER BY t.{id} LIMIT %(size)s),
 copied AS (
     UPDATE {table} AS t SET {to} = t.{vector}::{type},
-        {to_metadata} = coalesce(t.{metadata}, '{{}}') - 'backfill_lease'
+        {to_metadata} = CASE jsonb_typeof(t.{metadata})
+            WHEN 'object' THEN t.{metadata} - 'backfill_lease' ELSE '{{}}' END
     FROM part WHERE t.{id} = part.id AND part.is_due RETURNING 1)
 SELECT count(*), (SELECT id::text FROM part ORDER BY part.id DESC LIMIT 1),
     (SELECT count(*) FROM copied) FROM part"""
@@ -196,11 +230,14 @@ class Migration:
         self._database, self._table, self._id, self._say = database, table, id_column, say
         to_metadata = to_metadata or f"{to}_metadata"
         self.names = _Names(vector_column, metadata_column, to, to_metadata)
+        # guard: what is dropped in the end is no column that serves
+        if len({vector_column, metadata_column, to, to_metadata}) < 4:
+            raise UsageError("--to and --to-metadata must be new columns, and two of them")
         for name in [*self.names.kept(), to, to_metadata]:
             if len(name.encode()) > _LONGEST_NAME:
                 raise UsageError(f"a column cannot be called {name!r}: it is too long")
         self._columns = postgres._read_columns(database, table)
-        self._url = url_column if url_column in self._columns else ""
+        self._url = url_column
         if id_column not in self._columns:
             raise UsageError(f"no column {id_column!r}: name the --id-column")
         self.stage = self.names.stage(self._columns)
@@ -276,17 +313,18 @@ class Migration:
         column = "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {to} {type}, "
         column += "ADD COLUMN IF NOT EXISTS {to_metadata} jsonb"
 
+        watched = self._look(_WATCHED, url=self._url)
+        if not watched:
+            raise UsageError(f"no column {self._url!r}: name the --url-column or --path-column")
+
         def act(connection: Any) -> None:
             new_type = sql.SQL(kind.replace("%", "%%"))
             connection.execute(self._compose(column, type=new_type), {})
-            self._keep_in_step(connection, (names.to, names.to_metadata))
+            new = (names.to, names.to_metadata)
+            # guard: a vector never belongs to another picture
+            connection.execute(_trigger(self._table, names, new, *watched[0]))
 
         self._change(act)
-
-    def _keep_in_step(self, connection: Any, columns: tuple[str, str]) -> None:
-        """Let the trigger clear these columns when the URL changes."""
-        if self._url:  # guard: a vector never belongs to another picture
-            connection.execute(_trigger(self._table, self.names, columns, self._url))
 
     def counts(self, connection: Any = None) -> _Counts:
         """Count the vectors of both columns."""
@@ -421,13 +459,43 @@ class Migration:
             counts = self.counts(connection)
             if counts.missing and not force:  # guard: no row loses its vector
                 raise BackfillError(counts.reason())
+            new = (names.to, names.to_metadata)
+            self._copy_grants(connection, (names.vector, names.metadata), new)
             for text in ("{vector} TO {kept}", "{metadata} TO {kept_metadata}",
                          "{to} TO {vector}", "{to_metadata} TO {metadata}"):  # fmt: skip
                 more = {"kept": kept, "kept_metadata": kept_metadata}
                 connection.execute(self._compose(table + text, **more), {})
-            self._keep_in_step(connection, names.kept())
+            for name in (kept, kept_metadata):  # else no row could be added without an old vector
+                text = "ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL"
+                connection.execute(self._compose(text, name=name), {})
+            connection.execute(_trigger(self._table, names, names.kept()))
+            self._renew_triggers(connection)
 
         self._change(act)
+
+    def _copy_grants(self, connection: Any, of: Sequence[str], to: Sequence[str]) -> None:
+        """Give columns the privileges that roles have for those that served so far."""
+        from psycopg import sql
+
+        values = {"ours": list(of), "theirs": list(to)}
+        values |= {"table": postgres._quote_table(self._table)}
+        grants = connection.execute(_GRANTS, values).fetchall()
+        for name, role, what, may_grant in grants:
+            grant = self._compose(
+                "GRANT {what} ({name}) ON {table} TO {role}{option}", name=postgres._quote(name),
+                what=sql.SQL(what), role=sql.SQL(role.replace("%", "%%")),
+                option=sql.SQL(" WITH GRANT OPTION" * may_grant),
+            )  # fmt: skip
+            connection.execute(grant, {})
+
+    def _renew_triggers(self, connection: Any) -> None:
+        """Let open sessions compile the functions of triggers anew, for columns of other types."""
+        from psycopg import sql
+
+        table = {"table": postgres._quote_table(self._table)}
+        for function, cost in connection.execute(_OWN_TRIGGERS, table).fetchall():
+            parts = [sql.SQL(function), sql.Literal(cost)]  # nothing but a new version
+            connection.execute(sql.SQL("ALTER FUNCTION {} COST {}").format(*parts))
 
     def undo(self, force: bool = False) -> None:
         """Exchange the names back in one transaction; `force`: whatever speaks against it."""
@@ -442,11 +510,13 @@ class Migration:
         # `to` and `vector` are what they are called now: the new vectors, and the old ones.
 
         def act(connection: Any) -> None:
+            self._copy_grants(connection, (names.vector, names.metadata), names.kept())
             for text in ("{to} TO {first}", "{to_metadata} TO {second}",
                          "{vector} TO {to}", "{metadata} TO {to_metadata}"):  # fmt: skip
                 more = {"first": first, "second": second}
                 connection.execute(self._compose(table + text, **more), {})
-            self._keep_in_step(connection, (names.to, names.to_metadata))
+            connection.execute(_trigger(self._table, names, (names.to, names.to_metadata)))
+            self._renew_triggers(connection)
 
         self._change(act)
 

@@ -290,7 +290,8 @@ class TableSearch:
     def check(self, query: RowSpace, trusting: bool = False) -> None:
         """Raise BackfillError unless the column's vectors can be compared with the query."""
         with self._reading() as connection:
-            rows = connection.execute(self._statements["spaces"], {}).fetchall()
+            # In the binary format, the server takes one statement and no second one.
+            rows = connection.execute(self._statements["spaces"], {}, binary=True).fetchall()
         counts = {RowSpace(*space): count for *space, count in rows}
         _check_spaces(self._column, query, counts, trusting)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import closing
+from contextlib import closing, suppress
 
 from ..backfill.postgres import Database, PostgresSink
 from ..backfill.rows import BackfillError, UsageError, import_extra
@@ -17,23 +17,29 @@ from ..errors import redact_urls
 __all__ = ['Triggers']
 
 # %% ../../nbs/11e_triggers.ipynb #facts
-_FACTS = """
-SELECT n.nspname, c.relname, c.relkind = 'p', v.attnotnull,
-    coalesce((SELECT array_agg(DISTINCT b.attname::text) FROM pg_depend AS d
+_WATCHED = """coalesce((SELECT array_agg(DISTINCT b.attname::text) FROM pg_depend AS d
         JOIN pg_attribute AS b ON b.attrelid = c.oid AND b.attnum = d.refobjsubid
         WHERE u.attgenerated <> '' AND d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid
             AND d.refobjsubid <> u.attnum AND d.refobjsubid > 0
             AND ((d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.objsubid = u.attnum)
                 OR (d.classid = 'pg_attrdef'::regclass AND d.objid IN (
                     SELECT oid FROM pg_attrdef WHERE adrelid = c.oid AND adnum = u.attnum)))),
-        ARRAY[u.attname::text]),
+        ARRAY[u.attname::text])"""
+_FACTS = f"""
+SELECT n.nspname, c.relname, c.relkind = 'p', v.attnotnull, {_WATCHED},
     (SELECT a.attname FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0
         AND a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
         AND a.attname = ANY (%(times)s::text[])
         ORDER BY array_position(%(times)s::text[], a.attname::text) LIMIT 1),
     coalesce((SELECT array_agg(i.relname::text) FROM pg_index AS x
-        JOIN pg_class AS i ON i.oid = x.indexrelid
-        WHERE x.indrelid = c.oid AND NOT x.indisvalid), '{}')
+        JOIN pg_class AS i ON i.oid = x.indexrelid CROSS JOIN LATERAL (
+            SELECT array_agg(b.attname::text) AS names FROM pg_depend AS d
+            JOIN pg_attribute AS b ON b.attrelid = c.oid AND b.attnum = d.refobjsubid
+            WHERE d.classid = 'pg_class'::regclass AND d.objid = i.oid
+                AND d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid) AS y
+        WHERE x.indrelid = c.oid AND (NOT x.indisvalid
+            OR (y.names @> %(columns)s::text[] AND y.names <@ %(columns)s::text[]) IS NOT TRUE)
+        ), '{{}}')
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     JOIN pg_attribute AS u ON u.attrelid = c.oid AND u.attname = %(url)s
     JOIN pg_attribute AS v ON v.attrelid = c.oid AND v.attname = %(vector)s
@@ -110,8 +116,8 @@ class Triggers:
 
         self._database, names = database, sink.names
         values = {"table": sink.quoted_table, "times": list(_TIMES)}
-        values |= {"url": names["url"], "vector": names["vector"]}
-        ((schema, name, self._is_partitioned, is_required, watched, time, invalid),) = (
+        values |= {"url": names["url"], "vector": names["vector"], "columns": [*names.values()]}
+        ((schema, name, self._is_partitioned, is_required, watched, time, unfit),) = (
             database.run(_FACTS, values)
         )
         if is_required:
@@ -124,7 +130,7 @@ class Triggers:
         self._names = {role: _name(role, schema, name, names["vector"]) for role in roles}
         self.channel = _name("wake", schema, name, names["vector"])
         self.guard = f"zz_{self._names['changed']}"  # the name of the trigger that clears vectors
-        self._is_broken = self._names["todo"] in invalid  # a build that was interrupted
+        self._is_unfit = self._names["todo"] in unfit  # interrupted, or of other columns
         self._schema = schema
         self._roles = ["changed"]  # guard: another picture clears the vector
         self._roles += ["added"] if notifies else []
@@ -165,9 +171,12 @@ class Triggers:
         try:
             with closing(self._database.connect()) as connection:
                 connection.execute("SET statement_timeout = 0")  # of the role; an index takes long
-                for statement in statements:
-                    connection.execute(statement)
-                connection.execute("RESET statement_timeout")  # a pooler keeps the session
+                try:
+                    for statement in statements:
+                        connection.execute(statement)
+                finally:
+                    with suppress(psycopg.Error):  # a pooler keeps the session
+                        connection.execute("RESET statement_timeout")
         except psycopg.Error as error:
             reason = redact_urls(str(error).splitlines()[0])
             raise BackfillError(f"the database refuses: {reason}") from error
@@ -180,7 +189,7 @@ class Triggers:
         """Build the index while the table is in use, where PostgreSQL can do that."""
         how = "" if self._is_partitioned else "CONCURRENTLY "
         text = f"CREATE INDEX {how}IF NOT EXISTS {{index}} ON {{table}} ({{id}})\n    WHERE {_TODO}"
-        return [*([self._drop_index()] if self._is_broken else []), self._fill(text)]
+        return [*([self._drop_index()] if self._is_unfit else []), self._fill(text)]
 
     def _drop_index(self) -> str:
         how = "" if self._is_partitioned else "CONCURRENTLY "

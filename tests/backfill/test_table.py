@@ -521,6 +521,18 @@ def test_a_run_ends_when_a_changed_row_has_its_new_picture(server: Server) -> No
     assert outcome.reason == "done" and vectors == {n: n for n in range(10)} | {3: 7}
 
 
+def test_a_row_whose_url_never_stays_is_not_embedded_for_ever(server: Server) -> None:
+    table = server.make("unsteady")
+    server.do("""CREATE FUNCTION renamed() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN NEW.thumbnail_url := 'https://' || clock_timestamp() || '/3'; RETURN NEW; END $$
+        """)
+    server.do(f"""CREATE TRIGGER renamed BEFORE UPDATE ON {table} FOR EACH ROW WHEN (OLD.id = 3)
+        EXECUTE FUNCTION renamed()""")
+    outcome = Outcome(server.sink(table))
+    assert (outcome.reason, outcome.done) == ("done", 9)
+    assert outcome.failed == {"NOT_WRITABLE": 1} and server.leases(table) == 0
+
+
 def installed(server: Server, table: str) -> Triggers:
     """Install the triggers of `sync` on a table."""
     sink = server.sink(table, "postgres")

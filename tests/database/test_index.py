@@ -179,6 +179,17 @@ def test_a_partitioned_table_is_indexed_and_checked(server) -> None:
     assert report["groups"]["stored"]["uses_index"] and len(names(server, column)) == 4
 
 
+def test_an_index_of_a_partitioned_table_serves_under_any_name(server) -> None:
+    server.do(
+        "CREATE TABLE any_name (id bigint, v extensions.vector(3)) PARTITION BY HASH (id)",
+        "CREATE TABLE any_name_0 PARTITION OF any_name FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+        "CREATE INDEX mine ON any_name USING hnsw (v extensions.vector_cosine_ops)",
+    )
+    column = VectorColumn.read(server.database, "any_name", "v")
+    done = build_index(server.database, IndexPlan.choose(column))
+    assert (done["status"], done["index"]) == ("exists", "mine")
+
+
 def test_ivfflat_needs_more_probes(server) -> None:
     column = server.table("lists")
     build_index(server.database, IndexPlan.choose(column, method="ivfflat", lists=50), workers=0)
@@ -397,6 +408,17 @@ def test_the_statement_can_be_printed_alone(server, capsys) -> None:
     statement = capsys.readouterr().out
     server.do(statement)
     assert statement.startswith("CREATE INDEX CONCURRENTLY") and "WHERE (id <> '7')" in statement
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_filter_writes_nothing_while_its_type_is_asked_for(server, second) -> None:
+    server.do("""CREATE OR REPLACE FUNCTION emptied() RETURNS text LANGUAGE sql
+        AS $$ DELETE FROM video_scenes; SELECT 'a' $$""")
+    two = "1) AS value) AS q ON true; COMMIT; DELETE FROM video_scenes; SELECT 'a'"
+    two += " FROM (SELECT) AS one LEFT JOIN (SELECT (1"
+    with pytest.raises(CommandError, match="multiple commands" if second else "read-only"):
+        call(server, "check", "--filter", two if second else "emptied()")
+    assert server.admin.execute("SELECT count(*) FROM video_scenes").fetchone() == (5000,)
 
 
 def test_texts_of_another_space_are_not_measured(server, capsys, monkeypatch, tmp_path) -> None:

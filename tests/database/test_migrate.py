@@ -210,7 +210,7 @@ def test_a_new_picture_clears_the_new_vector_and_the_lease(table: Table) -> None
     table.admin.execute("UPDATE video_scenes SET thumbnail_url = 'y' WHERE index = 3")
     table.admin.execute("UPDATE video_scenes SET transcript = 'y' WHERE index = 4")
     assert move.counts().missing == 1
-    assert table.value("SELECT clip_v2_metadata FROM video_scenes WHERE index = 3") is None
+    assert table.value("SELECT clip_v2_metadata FROM video_scenes WHERE index = 3") == {}
 
 
 def test_the_triggers_of_sync_follow_the_name(table: Table) -> None:
@@ -368,3 +368,134 @@ def test_the_users_function_is_named_after_a_swap(
     assert any(name.startswith(start) for name in summary["functions"])
     query = "SELECT count(*) FROM search_scenes_by_visual_clip_embedding(%s::extensions.vector)"
     assert table.admin.execute(query, ["[" + ",".join(["1"] * 512) + "]"]).fetchone() == (10,)
+
+
+DIFFICULT = {
+    "a-trigger-changes-the-url": """ALTER TABLE video_scenes ADD COLUMN rev int;
+        CREATE FUNCTION set_url() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN NEW.thumbnail_url := ''https://x/r'' || NEW.rev; RETURN NEW; END';
+        CREATE TRIGGER set_url BEFORE UPDATE ON video_scenes FOR EACH ROW
+            WHEN (NEW.rev IS NOT NULL) EXECUTE FUNCTION set_url()""",
+    "the-url-is-generated": """ALTER TABLE video_scenes DROP COLUMN thumbnail_url,
+        ADD COLUMN rev int, ADD COLUMN thumbnail_url text
+            GENERATED ALWAYS AS ('https://x/' || coalesce(rev, index)) STORED""",
+    "metadata-is-required": """ALTER TABLE video_scenes ADD COLUMN rev int,
+        ALTER COLUMN visual_clip_metadata SET NOT NULL;
+        CREATE FUNCTION set_url() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN NEW.thumbnail_url := NEW.rev; RETURN NEW; END';
+        CREATE TRIGGER set_url BEFORE UPDATE OF rev ON video_scenes FOR EACH ROW
+            EXECUTE FUNCTION set_url()""",
+}
+
+
+@pytest.mark.parametrize("change", sorted(DIFFICULT))
+def test_another_picture_clears_the_hidden_vector_of_a_difficult_table(
+    table: Table, change: str
+) -> None:
+    table.admin.execute(f"DROP FUNCTION IF EXISTS set_url CASCADE; {DIFFICULT[change]}")
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    move.swap()
+    table.admin.execute("""INSERT INTO video_scenes (video_id, visual_clip_metadata)
+        SELECT id, '{}' FROM videos""")
+    table.admin.execute("UPDATE video_scenes SET rev = 1000 WHERE index = 7")
+    count = "SELECT count(*) FROM video_scenes WHERE embedding_visual_clip_before IS NULL"
+    assert table.value(count) == 2
+    table.admin.execute("DROP FUNCTION IF EXISTS set_url CASCADE")
+
+
+def test_the_column_of_the_url_is_named_once(table: Table) -> None:
+    table.admin.execute("ALTER TABLE video_scenes RENAME COLUMN thumbnail_url TO object")
+    with pytest.raises(UsageError, match="name the --url-column or --path-column"):
+        table.move(to="half").add()
+    move = table.move(to="half", url_column="object")
+    move.add()
+    move.copy()
+    table.move(to="half").swap()
+    table.admin.execute("UPDATE video_scenes SET object = 'new' WHERE index = 7")
+    assert table.move(to="half").counts().more == 1
+
+
+def test_a_copy_takes_what_has_changed_whatever_the_metadata_says(table: Table) -> None:
+    table.admin.execute("UPDATE video_scenes SET visual_clip_metadata = 'null'")
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    assert move.copy() == ROWS
+    table.admin.execute("""UPDATE video_scenes SET embedding_visual_clip =
+        array_fill(9, ARRAY[512])::extensions.vector WHERE index = 3""")
+    assert (move.copy(), move.copy()) == (1, 0)
+
+
+def test_open_sessions_go_on_updating_after_a_swap_to_another_type(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection())
+    Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    change = "UPDATE video_scenes SET thumbnail_url = %s WHERE index = 3"
+    with psycopg.connect(table.uri_of("service"), autocommit=True) as session:
+        for number, act in enumerate((lambda: None, move.swap, move.undo)):
+            act()
+            session.execute(change, [f"https://x/new{number}"])
+    sink.close(complete=True)
+
+
+def test_roles_keep_the_privileges_for_the_columns_that_serve(table: Table) -> None:
+    table.admin.execute("""REVOKE ALL ON video_scenes FROM service;
+        GRANT SELECT (embedding_visual_clip) ON video_scenes TO service, PUBLIC;
+        GRANT UPDATE (visual_clip_metadata) ON video_scenes TO service WITH GRANT OPTION""")
+    query = """SELECT column_name, grantee, privilege_type, is_grantable
+        FROM information_schema.column_privileges WHERE table_name = 'video_scenes'
+            AND grantee IN ('service', 'PUBLIC') AND column_name IN
+                ('embedding_visual_clip', 'visual_clip_metadata') ORDER BY 1, 2, 3"""
+    before = table.admin.execute(query).fetchall()
+    move = table.move(to="half")
+    move.add()
+    move.copy()
+    for act in (move.swap, move.undo):
+        act()
+        assert table.admin.execute(query).fetchall() == before and len(before) == 3
+
+
+def test_a_name_within_a_word_hinders_no_swap(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection())
+    Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())
+    move = table.move(to="clip")  # is in visual_clip_metadata
+    move.add()
+    move.copy()
+    assert move.blockers() == []
+    sink.close(complete=True)
+
+
+def test_the_index_of_sync_is_built_anew_after_a_swap(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection(retries=1, has_url=True))
+    Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    move.swap()
+    Triggers(sink.database, sink).apply(Triggers(sink.database, sink).install())
+    index = "SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'heimdex_todo%'"
+    assert "(embedding_visual_clip IS NULL)" in table.value(index)
+    sink.close(complete=True)
+
+
+def test_a_process_from_before_a_swap_writes_nothing_into_the_new_column(table: Table) -> None:
+    sink = PostgresSink(Database(table.uri_of("app")), Selection())
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    move.swap()
+    table.admin.execute("""INSERT INTO video_scenes (video_id, thumbnail_url)
+        SELECT id, 'https://x/new' FROM videos""")
+    (page,) = sink.pages(10)
+    with pytest.raises(BackfillError, match="another one than when this process began"):
+        sink.claim(page)
+    sink.close(complete=False)
+
+
+@pytest.mark.parametrize("names", [("embedding_visual_clip", ""), ("v2", "visual_clip_metadata")])
+def test_no_column_that_serves_is_taken_for_the_new_one(table: Table, names: Any) -> None:
+    with pytest.raises(UsageError, match="must be new columns"):
+        table.move(to=names[0], to_metadata=names[1])

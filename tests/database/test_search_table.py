@@ -244,6 +244,10 @@ def test_a_second_statement_is_refused(scenes: Scenes) -> None:
     condition = "true); COMMIT; DELETE FROM video_scenes; SELECT (true"
     with pytest.raises(BackfillError, match="multiple commands"):
         scenes.search(condition=condition).nearest(vector(), 3)
+    condition = "true) GROUP BY 1, 2, 3; COMMIT; DELETE FROM video_scenes; "
+    condition += "SELECT '', '', '', count(*) FROM videos AS t WHERE (true"
+    with pytest.raises(BackfillError, match="multiple commands"):
+        scenes.search(condition=condition).check(RowSpace("5"))
 
 
 EVIL = '"><script>alert(1)</script>'

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -271,13 +272,21 @@ def test_labels_are_edited_and_name_the_map(page):
     assert re.search("a riddle|a joke|unsure", tab.evaluate(ALT.format(".jp-OutputArea textarea")))
 
 
+def grey(png: bytes) -> np.ndarray:
+    """Read a picture as numbers from 0, black, to 255."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L"), int)
+
+
 def test_the_map_can_be_zoomed(page):
     tab, _ = page
     frame = "document.querySelector('.jp-Notebook iframe')"
-    before = tab.screenshot(frame)
+    for _ in range(50):  # until the map is drawn
+        one = grey(tab.screenshot(frame))
+        if one.std() > 10:
+            break
+        time.sleep(0.2)
     tab.scroll(frame, -240)
-    after = tab.screenshot(frame)
-    one, other = (np.asarray(Image.open(io.BytesIO(b)).convert("L"), int) for b in (before, after))
+    other = grey(tab.screenshot(frame))
     assert one.std() > 10 and np.abs(one - other).mean() > 2
 
 

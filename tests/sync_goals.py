@@ -217,7 +217,9 @@ class Load:
         with psycopg.connect(self._world.uri, autocommit=True) as connection:
             while not self._is_stopped.wait(self._pause_s):
                 kind = self._chance.choices(("inserted", "changed", "deleted"), (6, 3, 1))[0]
-                self.counts[kind] += self._do(connection, kind)
+                # A client begins such a statement anew.
+                with contextlib.suppress(psycopg.errors.DeadlockDetected):
+                    self.counts[kind] += self._do(connection, kind)
 
     def _do(self, connection: Any, kind: str) -> int:
         name, size = self._name, self._chance.randrange(1, 8)

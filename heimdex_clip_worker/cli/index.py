@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backfill.postgres import Database
-from ..backfill.rows import BackfillError, UsageError
+from ..backfill.rows import BackfillError
 from . import console
 from .console import CommandError, Status, needs, say, table
 from .embed import Input, add_backend, results
@@ -505,17 +505,12 @@ def _check(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `heimdex-clip index`; raise CommandError, SettingsError or ClipInferenceError."""
+    """Run `heimdex-clip index`; raise what `main` reports."""
     _check_options(args)
     name = "database_url"
     conninfo = args.database or in_environ({name: CLIENT_VARIABLES[name]})[name]
     progress = console.Progress("%", prefix="[INFO] ", leave=False)
     act = _create if args.action == "create" else _check
-    try:
-        with closing(Database(conninfo, patience_s=30, say=progress.say)) as database:
-            column = VectorColumn.read(database, args.table, args.vector_column)
-            return act(args, database, column, progress)
-    except UsageError as error:
-        raise CommandError(str(error), status=Status.USAGE) from error
-    except BackfillError as error:
-        raise CommandError(str(error)) from error
+    with closing(Database(conninfo, patience_s=30, say=progress.say)) as database:
+        column = VectorColumn.read(database, args.table, args.vector_column)
+        return act(args, database, column, progress)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..backfill.rows import BackfillError, Outage, UsageError
 from .console import CommandError, Status, say
-from ..errors import ClipInferenceError, SettingsError, StartError
+from ..errors import ClipInferenceError, SettingsError, StartError, redact_urls
 
 # %% auto #0
 __all__ = ['main']
@@ -205,12 +206,18 @@ def _run_command(argv: list[str]) -> int:
     return status
 
 # %% ../../nbs/14_cli.ipynb #report-error
+_ERRORS = (CommandError, StartError, ClipInferenceError, BackfillError, Outage, OSError)
+
+
 def _report_error(error: Exception) -> int:
     """Print what went wrong; return the exit status."""
     if isinstance(error, SettingsError):
         status, lines = Status.USAGE, error.problems
     elif isinstance(error, CommandError):
         status, lines = error.status, error.problems
+    elif isinstance(error, (BackfillError, Outage)):
+        status = Status.USAGE if isinstance(error, UsageError) else Status.FAILED
+        lines = [redact_urls(str(error))]
     else:
         status, lines = Status.FAILED, [str(error) or type(error).__name__]
     if isinstance(error, ClipInferenceError):
@@ -239,7 +246,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         status = Status.INTERRUPTED
     except BrokenPipeError:
         status = _leave_pipe()
-    except (CommandError, StartError, ClipInferenceError, OSError) as error:
+    except _ERRORS as error:
         status = _report_error(error)
     sys.exit(status)
 

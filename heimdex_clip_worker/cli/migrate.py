@@ -164,26 +164,21 @@ def _compare(move: Migration, args: argparse.Namespace) -> int:
 
 # %% ../../nbs/13q_migrate.ipynb #run
 def run(args: argparse.Namespace) -> int:
-    """Take one step of a move; raise CommandError, SettingsError."""
+    """Take one step of a move; raise CommandError, SettingsError or BackfillError."""
     if args.rest and (args.step != "fill" or args.copy):
         problem = f"`{args.step}` has no option {args.rest[0]} (`heimdex-clip migrate --help`)"
         raise CommandError(problem, status=Status.USAGE)
     if min(args.samples, args.top) < 1:
         raise CommandError("--samples and --top: ask for 1 or more", status=Status.USAGE)
     conninfo = args.database or ClientSettings.from_env(backend="off").database_url
-    try:
-        with closing(Database(conninfo, patience_s=60, say=_say)) as database:
-            move = Migration(
-                database, args.to, to_metadata=args.to_metadata, table=args.table,
-                id_column=args.id_column, vector_column=args.vector_column,
-                url_column=args.path_column or args.url_column or "thumbnail_url",
-                metadata_column=args.metadata_column, say=_say,
-            )  # fmt: skip
-            return _take(move, args, conninfo)
-    except UsageError as error:
-        raise CommandError(str(error), status=Status.USAGE) from error
-    except BackfillError as error:
-        raise CommandError(str(error)) from error
+    with closing(Database(conninfo, patience_s=60, say=_say)) as database:
+        move = Migration(
+            database, args.to, to_metadata=args.to_metadata, table=args.table,
+            id_column=args.id_column, vector_column=args.vector_column,
+            url_column=args.path_column or args.url_column or "thumbnail_url",
+            metadata_column=args.metadata_column, say=_say,
+        )  # fmt: skip
+        return _take(move, args, conninfo)
 
 
 def _say(line: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backfill.postgres import Database
-from ..backfill.rows import BackfillError, Outage, RowError, UsageError
+from ..backfill.rows import BackfillError, RowError, UsageError
 from ..backfill.supabase import Bucket
 from . import backfill, search
 from .console import CommandError, Status, is_url, printable, say, table
@@ -246,21 +246,16 @@ _VARIABLES = ("database_url", "supabase_url", "supabase_key", "supabase_bucket")
 
 
 def search_table(args: argparse.Namespace, source: Input | None) -> int:
-    """Search a table for `source`, or for rows like that of `--like`; raise CommandError."""
+    """Search a table for `source`, or for rows like that of `--like`; raise what `main` reports."""
     settings = in_environ({name: CLIENT_VARIABLES[name] for name in _VARIABLES})
     conninfo = args.database or settings["database_url"]
     if not conninfo:
         problem = "Search where? Name a file of vectors with --in, or a --database (DATABASE_URL)"
         raise CommandError(problem, status=Status.USAGE)
     options = argparse.Namespace(**settings)
-    try:
-        bucket = backfill.open_bucket(args, options, lifetime_s=_SIGNED_S) if args.html else None
-        with closing(Database(conninfo, patience_s=0)) as database:
-            return _search(args, source, bucket, _open_search(args, database))
-    except UsageError as error:
-        raise CommandError(str(error), status=Status.USAGE) from error
-    except (BackfillError, Outage) as error:
-        raise CommandError(str(error)) from error
+    bucket = backfill.open_bucket(args, options, lifetime_s=_SIGNED_S) if args.html else None
+    with closing(Database(conninfo, patience_s=0)) as database:
+        return _search(args, source, bucket, _open_search(args, database))
 
 
 def _waiting(table_search: TableSearch) -> str:

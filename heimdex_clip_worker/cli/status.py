@@ -9,11 +9,10 @@ import argparse
 import json
 from typing import Any
 
-from ..backfill.rows import BackfillError, UsageError
+from ..backfill.rows import UsageError
 from . import backfill, console
 from .sync import add_table, open_sink
 from ..database.status import read_status
-from ..errors import SettingsError
 from ..settings import ClientSettings
 
 # %% auto #0
@@ -74,19 +73,12 @@ def _report(status: dict[str, Any]) -> str:
 
 # %% ../../nbs/13m_status.ipynb #run
 def run(args: argparse.Namespace) -> int:
-    """Run `heimdex-clip status`; return the exit status."""
-    try:
-        sink = open_sink(args, ClientSettings.from_env(backend="off"), is_writer=False)
-        status = read_status(sink)
-        sink.close(complete=True)
-        if args.max_age is not None and not status["has_times"]:
-            raise UsageError("--max-age needs times: add a column created_at, or sync --install")
-    except (UsageError, SettingsError) as error:
-        console.say(str(error))
-        return console.Status.USAGE
-    except BackfillError as error:
-        console.say(str(error))
-        return console.Status.FAILED
+    """Run `heimdex-clip status`; return the exit status; raise SettingsError or BackfillError."""
+    sink = open_sink(args, ClientSettings.from_env(backend="off"), is_writer=False)
+    status = read_status(sink)
+    sink.close(complete=True)
+    if args.max_age is not None and not status["has_times"]:
+        raise UsageError("--max-age needs times: add a column created_at, or sync --install")
     print(json.dumps(status) if args.json else _report(status))
     age = status["oldest"]["seconds"] if status["oldest"] else 0
     is_late = args.max_age is not None and age > args.max_age

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from ..backfill.postgres import Database, PostgresSink
-from ..backfill.rows import BackfillError, Selection, UsageError
+from ..backfill.rows import Selection
 from . import backfill, console
 from ..database.sync import Listener
 from ..database.triggers import Triggers
-from ..errors import SettingsError
 from ..settings import ClientSettings
 
 # %% auto #0
@@ -96,23 +95,16 @@ def open_sink(
 # %% ../../nbs/13l_sync.ipynb #install
 def _install(args: argparse.Namespace) -> int:
     """Install, print or uninstall the SQL of a table; return the exit status."""
-    try:
-        sink = open_sink(args, ClientSettings.from_env(backend="off"), is_writer=False)
-        triggers = Triggers(sink.database, sink, notifies=not args.no_notify)
-        statements = triggers.uninstall() if args.uninstall else triggers.install()
-        if args.print:
-            print("".join(f"{statement};\n" for statement in statements), end="")
-        else:
-            triggers.apply(statements)
-            what = "removed from" if args.uninstall else "installed on"
-            console.say(f"triggers and index are {what} {sink.quoted_table}", "INFO")
-        sink.close(complete=True)
-    except (UsageError, SettingsError) as error:
-        console.say(str(error))
-        return console.Status.USAGE
-    except BackfillError as error:
-        console.say(str(error))
-        return console.Status.FAILED
+    sink = open_sink(args, ClientSettings.from_env(backend="off"), is_writer=False)
+    triggers = Triggers(sink.database, sink, notifies=not args.no_notify)
+    statements = triggers.uninstall() if args.uninstall else triggers.install()
+    if args.print:
+        print("".join(f"{statement};\n" for statement in statements), end="")
+    else:
+        triggers.apply(statements)
+        what = "removed from" if args.uninstall else "installed on"
+        console.say(f"triggers and index are {what} {sink.quoted_table}", "INFO")
+    sink.close(complete=True)
     return console.Status.DONE
 
 # %% ../../nbs/13l_sync.ipynb #run

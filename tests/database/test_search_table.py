@@ -19,7 +19,6 @@ from storage_standin import StorageServer
 from heimdex_clip_worker.backfill.postgres import Database
 from heimdex_clip_worker.backfill.rows import BackfillError
 from heimdex_clip_worker.cli import search
-from heimdex_clip_worker.cli.console import CommandError
 from heimdex_clip_worker.database import search as search_module
 from heimdex_clip_worker.database.search import RowSpace, TableSearch
 
@@ -194,7 +193,7 @@ def test_older_metadata_is_judged_by_model_and_weights(
     found = find(scenes, "cat", capsys=capsys)
     assert [line["score"] for line in found.lines][0] == 1.0
     monkeypatch.setattr(search, "_query_vector", embed_as("6", "laion2b"))
-    with pytest.raises(CommandError, match=r"5,000 of ViT-B-32 \(openai\); 0 are of the query's"):
+    with pytest.raises(BackfillError, match=r"5,000 of ViT-B-32 \(openai\); 0 are of the query's"):
         find(scenes, "cat", capsys=capsys)
 
 
@@ -208,7 +207,7 @@ def test_a_found_row_of_another_space_ends_the_search(
     change = "UPDATE video_scenes SET visual_clip_metadata = %s WHERE index = 101"
     scenes.admin.execute(change, ['{"space_id": "6"}'])
     words = ["--function", "search_scenes_by_visual_clip_embedding"] * (through == "function")
-    with pytest.raises(CommandError, match="1 of space 6"):
+    with pytest.raises(BackfillError, match="1 of space 6"):
         find(scenes, *words, capsys=capsys)
     scenes.admin.execute(change, [json.dumps(FACTS)])
 
@@ -218,7 +217,7 @@ def test_a_column_of_another_space_is_refused(
 ) -> None:
     change = "UPDATE video_scenes SET visual_clip_metadata = %s WHERE index = 4000"
     scenes.admin.execute(change, ['{"space_id": "6"}'])
-    with pytest.raises(CommandError, match="1 of space 6; 4,999 are of the query's"):
+    with pytest.raises(BackfillError, match="1 of space 6; 4,999 are of the query's"):
         find(scenes, capsys=capsys)
     scenes.admin.execute(change, [json.dumps(FACTS)])
 

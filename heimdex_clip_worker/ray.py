@@ -161,9 +161,9 @@ class _ShardTask:
             self.problem = self.last
         is_fatal = bool(self.problem)
         problem = self.problem or self._begin(shard)
-        self.failures += 1  # until the end, so an error that nothing here expects counts too
         try:
             if not problem:
+                self.failures += 1  # an error that nothing here expects counts too
                 options = {"run": self.run, "mode": row["mode"]}
                 entry = embed_shard(shard, self.layout, self.folder, self.blocks, **options)
                 self.failures = 0

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -208,8 +208,13 @@ def _read_batches(shard: Shard, layout: Layout) -> Iterator[Any]:
     raise BackfillError(f"{shard.source} has fewer rows than it had")
 
 
-def _read_rows(batches: Iterable[Any], layout: Layout, embedder: BlockEmbedder) -> Iterator[Row]:
-    """Yield the rows of batches, numbered from 0."""
+def _read_rows(
+    batches: Iterable[Any],
+    layout: Layout,
+    embedder: BlockEmbedder,
+    chosen: Container[int],  # numbers of rows; the images of others are not held
+) -> Iterator[Row]:
+    """Yield the chosen rows of batches; all are numbered, from 0."""
     seen: set[int | str] = set()
     number = 0
     for batch in batches:
@@ -221,10 +226,11 @@ def _read_rows(batches: Iterable[Any], layout: Layout, embedder: BlockEmbedder) 
             if row.id is not None and row.id in seen:
                 error = RowError("DUPLICATE_ID", f"id {row.id} is in an earlier row")
                 row = Row(None, "", number, error)
-            elif row.id is not None and layout.is_bytes:
+            elif row.id is not None and layout.is_bytes and number in chosen:
                 row = replace(embedder.hold(number, cell), id=row.id)
             seen.add(row.id)
-            yield row
+            if number in chosen:
+                yield row
             number += 1
 
 # %% ../../nbs/11db_shards.ipynb #folder
@@ -373,8 +379,7 @@ def embed_shard(
     chosen, batches = set(numbers), []
     wanted = [layout.id_column, *layout.keep]
     source = _keep(_read_batches(shard, layout), batches, wanted)
-    rows = (row for row in _read_rows(source, layout, embedder) if row.number in chosen)
-    block = embedder.embed(rows)
+    block = embedder.embed(_read_rows(source, layout, embedder, chosen))
     table = _to_table(batches, layout, block, numbers)
     if old is not None:
         table = _merge(old, table, numbers)

@@ -448,6 +448,7 @@ class Migration:
     def swap(self, force: bool = False) -> None:
         """Exchange the names in one transaction; `force`: whatever speaks against it."""
         self._need("added")
+        self._check_sees_all()
         if not force and (reasons := self.blockers()):  # before any lock is taken
             raise BackfillError("; ".join(reasons))
         names, table = self.names, "ALTER TABLE {table} RENAME COLUMN "

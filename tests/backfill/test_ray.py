@@ -266,8 +266,13 @@ class Away:
         raise ClipInferenceError("no connection", code="UNREACHABLE")
 
 
-def ask(folder: Path, note: int | None = None, failures: int = 0) -> list[dict[str, Any]]:
-    """Let a task embed a shard; with `note`, as many processes have died in it."""
+def ask(
+    folder: Path, note: int | None = None, failures: int = 0, after: int | None = None
+) -> list[dict[str, Any]]:
+    """Let a task embed a shard; with `note`, as many processes have died in it.
+
+    `failures`: of its task, before; `after`: what they must be then.
+    """
     write_table(folder / "in.parquet", [1], ["https://x/1"])
     (shard,), layout = plan([str(folder / "in.parquet")], Layout())
     out = Folder(str(folder / "out"))
@@ -276,7 +281,9 @@ def ask(folder: Path, note: int | None = None, failures: int = 0) -> list[dict[s
     task = engine._ShardTask(layout, out.uri, "r", {"client": Away, "patience_s": 0})
     task.failures = failures
     row = {"shard": json.dumps(asdict(shard)), "mode": "new"}
-    return task(pyarrow.Table.from_pylist([row])).to_pylist()
+    rows = task(pyarrow.Table.from_pylist([row])).to_pylist()
+    assert after is None or task.failures == after
+    return rows
 
 
 def test_a_lost_endpoint_fails_the_task_so_that_ray_repeats_it(tmp_path: Path) -> None:
@@ -290,7 +297,7 @@ def test_an_endpoint_that_stays_away_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_kills_its_processes_is_left_out(tmp_path: Path) -> None:
-    (row,) = ask(tmp_path, note=5)
+    (row,) = ask(tmp_path, note=5, failures=2, after=2)  # the task itself did not fail
     assert "in.parquet, rows 0 to 0: 5 processes died in this shard" in row["problem"]
     assert not row["is_fatal"]
 

@@ -243,8 +243,9 @@ def test_a_role_that_does_not_see_all_rows_cannot_swap(table: Table) -> None:
     table.move().add("vector(2)")
     table.admin.execute("ALTER TABLE video_scenes FORCE ROW LEVEL SECURITY")
     move = table.move()
-    with pytest.raises(UsageError, match="hides rows from this role"):
-        move.swap()
+    for force in (False, True):
+        with pytest.raises(UsageError, match="hides rows from this role"):
+            move.swap(force)
     with pytest.raises(UsageError, match="hides rows from this role"):
         move.copy()
 

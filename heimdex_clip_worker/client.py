@@ -311,6 +311,15 @@ def _concerns_all(error: errors.ClipInferenceError) -> bool:
     return is_setup or error.code in ("ABANDONED", "CLOSED")
 
 
+def _kept(error: errors.ClipInferenceError) -> errors.ClipInferenceError:
+    """Drop the traceback of an error that becomes an outcome.
+
+    It refers to the frames that hold the outcomes: all vectors of a job would stay in memory until
+    Python's next full collection of garbage.
+    """
+    return error.with_traceback(None)
+
+
 def _may_succeed_later(outcome: _Outcome) -> bool:
     """True if the item can still succeed in another job."""
     final_types = (errors.ClipInferenceNetworkError, errors.ClipInferenceTimeoutError)
@@ -370,7 +379,7 @@ class _JobRunner:
             try:
                 entries[i] = item.prepare()
             except errors.ClipInferenceError as error:
-                outcomes[i] = error
+                outcomes[i] = _kept(error)
         if entries:
             sent = [items[i] for i in entries]
             answers = self._perform(form, sent, list(entries.values()), call)
@@ -388,7 +397,7 @@ class _JobRunner:
         except errors.ClipInferenceError as error:
             if _concerns_all(error):
                 raise
-            return [error] * len(items)
+            return [_kept(error)] * len(items)
         outcomes: list[_Outcome] = []
         for answer, item in zip(answers, items, strict=True):
             try:
@@ -396,7 +405,7 @@ class _JobRunner:
             except errors.ClipInferenceError as error:
                 if _concerns_all(error):
                     raise
-                outcomes.append(error)
+                outcomes.append(_kept(error))
         return outcomes
 
 # %% ../nbs/10_client.ipynb #health-types

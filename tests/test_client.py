@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import math
@@ -186,6 +187,21 @@ def test_a_split_batch_keeps_its_order_and_its_failed_items(connect, platform, p
             assert result["embedding"][3:5] == pytest.approx(expected(name)[3:5], abs=0.02)
     assert job_count(platform) - before == 3 and progress[-1] == (40, 3)
     assert [done for done, _ in progress] == list(range(1, 41))
+
+
+def test_a_failed_item_leaves_no_garbage_that_holds_vectors(connect, platform, photos):
+    client = connect(platform)
+    items = [{"image_url": photos.photo()}, {"image_url": f"{photos.url}/missing"}]
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)  # what would be freed now is kept to be looked at
+    try:
+        results = client.embed_image_batch(items)
+        gc.collect()
+        left = [one for one in gc.garbage if isinstance(one, ClipInferenceError)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert [result.get("code") for result in results] == [None, "SOURCE_HTTP"] and left == []
 
 
 def test_progress_is_reported_for_each_item_when_its_last_job_has_ended(

@@ -275,7 +275,7 @@ FROM ({query}
 WHERE q.{id} IS NOT NULL AND (%(last)s::text IS NULL OR q.{id} > %(last)s::text::{id_type})
 ORDER BY q.{id} LIMIT %(size)s"""
 _QUERY_ID_TYPE = """
-SELECT pg_typeof(q.{id})::text, q.{url}
+SELECT format_type(pg_typeof(q.{id})::oid, -1), q.{url}
 FROM (SELECT) AS one_row LEFT JOIN ({query}
 ) AS q ON true LIMIT 1"""
 
@@ -312,20 +312,20 @@ class QuerySource:
 _IS_SELECTED = """(%(reembed)s OR t.{vector} IS NULL)
     AND (%(reembed)s OR %(retry_failed)s OR {is_open}) {and_has_url}
     AND CASE
-        WHEN %(retries)s > 0 AND t.{vector} IS NULL AND t.{metadata}->'code' IS NOT NULL
+        WHEN %(retries)s > 0 AND t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
             AND t.{metadata}->>'retry_at' COLLATE "C" <= {now}
             THEN true
-        WHEN t.{metadata}->'code' IS NOT NULL
+        WHEN t.{metadata}->>'code' IS NOT NULL
             AND coalesce(t.{metadata}->>'failed_at', '') COLLATE "C" >= %(started)s
             THEN false
         WHEN t.{vector} IS NOT NULL
             THEN (t.{metadata}->>'space_id', t.{metadata}->>'model_version')
                 IS DISTINCT FROM (%(space_id)s::text, %(model_version)s::text)
-        ELSE t.{metadata}->'code' IS NULL
+        ELSE t.{metadata}->>'code' IS NULL
             OR (%(retry_failed)s AND t.{metadata}->'retryable' = 'true')
     END"""
 # The partial index of `sync` has this condition, word for word.
-_IS_OPEN = "(t.{metadata}->'code' IS NULL OR t.{metadata}->'retry_at' IS NOT NULL)"
+_IS_OPEN = "(t.{metadata}->>'code' IS NULL OR t.{metadata}->'retry_at' IS NOT NULL)"
 _IS_SAME_URL = "(sent.url IS NULL OR coalesce(t.{url}::text, '') = sent.url)"
 # While a statement runs, the lock on its table keeps a swap of the columns out.
 _IS_SAME_COLUMN = """{number} = (SELECT attnum FROM pg_attribute
@@ -466,7 +466,7 @@ RETURNING sent.position""",
     "plan_failures": """
 UPDATE {table} AS t
 SET {metadata} = t.{metadata} - 'attempts' || jsonb_build_object('retry_at', {now})
-WHERE t.{vector} IS NULL AND t.{metadata}->'code' IS NOT NULL
+WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
     AND t.{metadata}->'retryable' = 'true'
 RETURNING 1""",
     "release_changed": """

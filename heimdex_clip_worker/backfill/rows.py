@@ -155,7 +155,7 @@ class Selection:
 
     def includes(self, facts: Mapping[str, Any], has_vector: bool) -> bool:
         """True if a row in this state is to be embedded."""
-        has_failed = "code" in facts
+        has_failed = facts.get("code") is not None
         is_planned = self.retries > 0 and has_failed and "retry_at" in facts and not has_vector
         if is_planned and facts["retry_at"] <= _timestamp():
             return True

@@ -53,7 +53,7 @@ def _locate(text: str) -> _Place:
 def _named(text: str) -> str:
     """Name a path or a URI without what gives access to it."""
     # guard: no key of a store in a name
-    return without_query(text) if "://" in text else os.path.abspath(text)
+    return without_query(text) if "://" in text else os.path.realpath(text)
 
 # %% ../../nbs/11db_shards.ipynb #find-files
 @dataclass(frozen=True)
@@ -186,6 +186,8 @@ def _read_batches(shard: Shard, layout: Layout) -> Iterator[Any]:
     size = _READ_IMAGES if layout.is_bytes else _READ_ROWS
     try:
         with _File(shard.uri, shard.size).open() as stream:
+            if stream.size() != shard.size:  # guard: the file is the planned one
+                raise BackfillError(f"{shard.source} was replaced while the run worked on it")
             file = pyarrow.parquet.ParquetFile(stream)
             groups, skip, end = [], 0, 0
             for number in range(file.num_row_groups):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from ..backfill.rows import BackfillError, UsageError
 from ..backfill.run import Options
 from ..backfill.shards import Folder, Layout, Shard, plan
 from . import console
+from ..errors import redact_urls
 from ..settings import ClientSettings
 
 # %% auto #0
@@ -142,9 +144,15 @@ def backfill(args: argparse.Namespace, dims: Mapping[str, int]) -> dict[str, Any
         args.id_column, args.bytes_column or args.url_column or Layout.image_column,
         bool(args.bytes_column), tuple(args.keep), args.shard_rows, dim,
     )  # fmt: skip
-    shards, layout = plan(args.source, layout)
-    folder = Folder(args.out)
-    entries = folder.settle(layout, shards, dry_run=args.dry_run)
+    for source in args.source:
+        if os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(source), "")):
+            raise UsageError(f"--out {args.out} is in {source}: its parts would be input, too")
+    try:
+        shards, layout = plan(args.source, layout)
+        folder = Folder(args.out)
+        entries = folder.settle(layout, shards, dry_run=args.dry_run)
+    except OSError as error:  # of a disk or of a store
+        raise BackfillError(redact_urls(str(error))) from error
     space_id = settings.space_id or ("" if args.reembed else _space_of(entries))
     if args.reembed and not space_id:
         raise UsageError("--reembed with --engine ray needs CLIP_SPACE_ID: which space is wanted?")

@@ -99,7 +99,7 @@ _COUNTS = """
 SELECT count(t.{vector}), count(t.{to}),
     count(*) FILTER (WHERE t.{vector} IS NOT NULL AND t.{to} IS NULL),
     count(*) FILTER (WHERE t.{vector} IS NOT NULL AND t.{to} IS NULL
-        AND t.{to_metadata}->'code' IS NOT NULL),
+        AND t.{to_metadata}->>'code' IS NOT NULL),
     count(*) FILTER (WHERE t.{vector} IS NULL AND t.{to} IS NOT NULL),
     count(*) FILTER (WHERE {held} > 0 OR {to_held} > 0)
 FROM {table} AS t"""

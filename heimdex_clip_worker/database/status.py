@@ -20,9 +20,9 @@ _SINCE = """CASE WHEN t.{metadata}->>'waiting_since' ~ '^\\d{{4}}-[-T:.\\d]+Z$'
 _COUNTS = """
 SELECT count(*), count(*) FILTER (WHERE t.{vector} IS NOT NULL),
     count(*) FILTER (WHERE {waiting} AND {seconds_held} = 0),
-    count(*) FILTER (WHERE t.{vector} IS NULL AND t.{metadata}->'code' IS NULL
+    count(*) FILTER (WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NULL
         AND coalesce(t.{url}::text, '') = ''),
-    count(*) FILTER (WHERE t.{vector} IS NULL AND t.{metadata}->'code' IS NULL
+    count(*) FILTER (WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NULL
         AND t.{metadata}->>'error' IS NOT NULL)
 FROM {table} AS t"""
 _OLDEST = """
@@ -38,7 +38,7 @@ GROUP BY 1 ORDER BY 2 DESC, 1"""
 _FAILURES = """
 SELECT t.{metadata}->>'code', count(*), count(t.{metadata}->'retry_at'),
     min(t.{metadata}->>'retry_at')
-FROM {table} AS t WHERE t.{vector} IS NULL AND t.{metadata}->'code' IS NOT NULL
+FROM {table} AS t WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
 GROUP BY 1 ORDER BY 2 DESC, 1"""
 # The first name of each fact is ours; the second one is that of rows from before this project.
 _SPACES = """

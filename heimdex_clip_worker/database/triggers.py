@@ -99,7 +99,7 @@ _TRIGGERS = {  # role -> when it runs; in the order of names, `zz` comes behind 
     "dated": "BEFORE INSERT ON {table} FOR EACH ROW WHEN (NEW.{vector} IS NULL)",
 }
 _TODO = """{vector} IS NULL AND {url} IS NOT NULL
-    AND ({metadata}->'code' IS NULL OR {metadata}->'retry_at' IS NOT NULL)"""
+    AND ({metadata}->>'code' IS NULL OR {metadata}->'retry_at' IS NOT NULL)"""
 
 # %% ../../nbs/11e_triggers.ipynb #triggers-class
 class Triggers:

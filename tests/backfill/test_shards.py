@@ -177,6 +177,32 @@ def test_a_row_of_bytes_that_is_text_is_no_image() -> None:
     assert table["code"].to_pylist() == ["BAD_ROW"] and embedder.client.count == 0
 
 
+def test_a_file_that_is_replaced_during_a_run_is_noticed(source: Path, tmp_path: Path) -> None:
+    (shard, *_), layout = plan([str(source)], LAYOUT)
+    write_rows(source, count=40)
+    with pytest.raises(BackfillError, match="was replaced while the run worked on it"):
+        embed_shard(shard, layout, Folder(str(tmp_path / "out")), embedder_of(FakeClient()))
+
+
+def test_a_file_with_two_names_is_noticed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.parquet").symlink_to(source)
+    with pytest.raises(UsageError, match="in.parquet is there twice in the input"):
+        plan([str(source), str(tmp_path / "link.parquet")], LAYOUT)
+
+
+@pytest.mark.parametrize(("out", "status"), [("parts", 2), ("file/parts", 1)])
+def test_a_folder_of_parts_that_cannot_be_is_refused(
+    source: Path, out: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    backfill.add_arguments(parser)
+    (source.parent / "file").touch()
+    inputs = str(source.parent if status == 2 else source)
+    words = [inputs, "--engine", "ray", "--out", str(source.parent / out), "--dry-run"]
+    assert backfill.run(parser.parse_args(words)) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_column_of_the_caller_is_not_replaced() -> None:
     table = pyarrow.table({"url": ["https://x/1"], "model": ["a car"]})
     with pytest.raises(BackfillError, match="has the column 'model' already"):

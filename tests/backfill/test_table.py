@@ -374,6 +374,13 @@ def test_partitions_and_a_role_without_ownership_work(server: Server) -> None:
     assert server.done("parts") == [0, 1, 2, 3, 4] and outcome.failed == {"NOT_WRITABLE": 5}
 
 
+def test_a_code_that_is_null_is_no_failure(server: Server) -> None:
+    table = server.make("nothing_failed", 2)
+    server.do(f"""UPDATE {table} SET visual_clip_metadata = '{{"code": null}}' WHERE id = 1""")
+    Outcome(server.sink(table))
+    assert server.done(table) == [0, 1]
+
+
 def test_the_metadata_has_the_keys_of_its_users_schema(server: Server) -> None:
     table = server.make("keys", 1)
     Outcome(server.sink(table))

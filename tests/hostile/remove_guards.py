@@ -370,6 +370,7 @@ SHARDS = [
     ("no key of a store in a name", (r"without_query\(text\)", "text")),
     ("no kept column replaces ours", NEVER),
     ("a file is there once", NEVER),
+    ("the file is the planned one", NEVER),
     ("no row is missing", (r"raise .*", "return")),
     ("parts are whole", (r"= final.*", "= final")),
     ("all parts are one table", NEVER),

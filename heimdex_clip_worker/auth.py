@@ -293,7 +293,7 @@ def verify(
 ) -> Credential:
     """Verify the signature of a job.
 
-    Raises `AuthExpired` when the signature is right but its time is not, else `AuthFailed`.
+    Raises `AuthExpired` when the signature is correct but not valid now, else `AuthFailed`.
     """
     _require(type(job_input) is dict, "input is not an object")
     auth: Any = job_input.get("auth")

@@ -81,7 +81,7 @@ class AuthFailed(WorkerError):
 
 
 class AuthExpired(AuthFailed):
-    """The signature is right, but too old or too new: sign again and send again."""
+    """The signature is correct, but too old or too new: sign again and send again."""
 
     code = "AUTH_EXPIRED"
 

@@ -277,7 +277,7 @@ class Migration:
         return sql.SQL(text).format(**parts)
 
     def _change(self, act: Callable[[Any], Any]) -> Any:
-        """Change the table in one transaction, as soon as its lock is to be had."""
+        """Change the table in one transaction, as soon as its lock is free."""
         for attempt in range(_ATTEMPTS):
             try:
                 with self._database.transaction() as connection:

@@ -60,7 +60,7 @@ class Budget:
         self._serve_waiters()
 
     def _serve_waiters(self) -> None:
-        """Serve jobs that hold nothing; then one waiter of each job in turn, while any can be."""
+        """Serve jobs that hold nothing, then one waiter of each job in turn until none fits."""
         for job in [job for job in self._waiters if not self._held[job]]:
             waiter = self._next_waiter(job)
             if waiter and not self._serve(waiter, job):
@@ -139,7 +139,7 @@ class _Reservation:
         self._give_back = give_back
         self.budget._evictable.setdefault(self.job, []).append(self)
         try:
-            self.budget._serve_waiters()
+            self.budget._serve_waiters()  # one may wait for this reservation
             yield
         finally:
             self._keep()

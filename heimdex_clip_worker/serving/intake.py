@@ -24,7 +24,7 @@ def _size_of(
     return max([1, *map(len, lists)])
 
 # %% ../../nbs/05ca_intake.ipynb #intake-itself
-_POLL_S = 0.02  # between two looks at what is in hand
+_POLL_S = 0.02  # from a call that takes no job to its return
 _FORGET_AFTER_S = 3.0  # a job that was taken longer ago and has not begun is not in hand
 
 
@@ -36,7 +36,7 @@ class Intake:
         make_reply: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],  # from a job
         count_images_begun: Callable[[], int],  # without a result, of the jobs that have begun
         *,
-        max_images: int,  # in hand; with as many, no job is taken
+        max_images: int,  # in hand; with as many or more, no job is taken
         max_jobs: int,  # in one call
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -56,7 +56,7 @@ class Intake:
         self,
         fetch: Callable[[Any, int], Awaitable[list[dict[str, Any]] | None]],  # the SDK's function
         session: Any,  # of the SDK
-        limit: int = 1,  # jobs for which the SDK has room
+        limit: int = 1,  # jobs for which the SDK has places
     ) -> list[dict[str, Any]] | None:  # None: no jobs now
         """Take some jobs, or none while there are enough images in hand."""
         room = self.max_images - self.in_hand()

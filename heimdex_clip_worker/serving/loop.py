@@ -48,7 +48,7 @@ class LoopThread:
                 )
                 try:
                     self._thread.start()
-                except RuntimeError as error:  # no thread is to be had
+                except RuntimeError as error:  # no thread can be started
                     raise ConnectionError(f"{self._name}: no thread") from error
             running = self._running
         if running.done():

@@ -122,7 +122,7 @@ class Pipeline:
         fetcher: Fetcher,  # opened by its first download, closed by `close`
         pixel_limits: PixelLimits,
         *,
-        decode_workers: int,  # threads that decode for one job; others have one more
+        decode_workers: int,  # most threads that decode for one job; other jobs have one more
         max_batch: int = 64,  # most images, or texts, in one run of the model
         max_bytes_in_flight: int = 64 * FetchLimits.max_bytes,  # reserved by all images
         load_text: Callable[[], Any] | None = None,  # -> TextEmbedder; None: no texts
@@ -188,7 +188,7 @@ class Pipeline:
         self,
         data: bytes,
         max_bytes: int | None = None,  # as for `prepare_image`
-        weight: float = 1.0,  # what it counts, in threads, if the decoder hangs
+        weight: float = 1.0,  # if the decoder hangs, it counts as this many threads
     ) -> _Prepared:
         """Decode an image file in a thread; raise WorkerError subclasses or NeedsMemory."""
         args = (data, self.embedder, self.pixel_limits, max_bytes)

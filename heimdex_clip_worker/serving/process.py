@@ -182,8 +182,8 @@ def usable_cpus(
     """Count the CPUs that this process may use: the least that any limit allows, 1 or more."""
     affinity = getattr(os, "sched_getaffinity", None)
     limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
-    if told := environment.platform_count("RUNPOD_CPU_COUNT", env):
-        limits.append(told)
+    if count := environment.platform_count("RUNPOD_CPU_COUNT", env):
+        limits.append(count)
     quotas = [_quota(group) for group in _groups(root)]
     limits += [quota for quota in quotas if quota is not None]  # guard: a quota of CPU time
     return max(1, min(limits))

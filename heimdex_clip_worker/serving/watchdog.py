@@ -31,7 +31,7 @@ __all__ = ['Watchdog']
 def _outcome(
     function: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[Any, BaseException | None]:
-    """Call `function`; return its result, or the exception that its caller is to get."""
+    """Call `function`; return its result, or the exception to raise in the task that awaits it."""
     try:
         return function(*args), None
     # guard: a thread's exit stays in its job
@@ -50,7 +50,7 @@ class _Call:
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        weight: float,  # what it counts, in threads, if it hangs
+        weight: float,  # if it hangs, it counts as this many threads
         finish: Callable[[_Call, Any, BaseException | None], None],  # called on the event loop
     ):
         self.function, self.args, self.weight, self.finish = function, args, weight, finish
@@ -127,7 +127,7 @@ def _end_process(after_s: float = _GRACE_S) -> None:
         time.sleep(after_s)
         _exit_at_once(1)
 
-    with suppress(RuntimeError):  # no thread is to be had: the timer remains
+    with suppress(RuntimeError):  # no thread can be started: the timer remains
         threading.Thread(target=end, name="end", daemon=True).start()
 
 # %% ../../nbs/05aa_watchdog.ipynb #threads-of-a-pool
@@ -135,7 +135,7 @@ _FIRST_TIMES = 4  # the first call of a pool may take this many times as long
 
 
 def _stop(calls: SimpleQueue[_Call | None], threads: list[_Thread]) -> None:
-    """Let the threads end when the calls before this one are done."""
+    """Let the threads end when the calls that wait in the queue are done."""
     for _ in threads:
         calls.put(None)
 
@@ -146,21 +146,21 @@ class _Threads:
     def __init__(
         self,
         watchdog: Watchdog,
-        count: int,  # of threads, those that hang not counted
+        count: int,  # most threads, without those that hang
         name: str,
         prepare: Callable[[], Any],  # called in each thread before its first call
         *,
         limit_s: float,
         limit_name: str = "",  # the setting that holds it, if there is one
         slow_first_call: bool = False,  # whether the first call may take _FIRST_TIMES the limit
-        most_stuck: float,  # weight of the calls that hang, at which the process is doomed
+        most_stuck: float,  # the process is doomed when the calls that hang weigh this much
         failure: type[WorkerError],  # of a call that hangs
     ):
         self._watchdog, self._count, self._name, self._prepare = watchdog, count, name, prepare
         self._limit_s, self._limit_name = limit_s, limit_name
         self._most_stuck, self._failure = most_stuck, failure
         self.is_first = slow_first_call  # True until a call has a result
-        self.in_hand: set[_Call] = set()
+        self.in_hand: set[_Call] = set()  # those that wait for a thread, and those that run
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._threads: list[_Thread] = []
         self._stuck: dict[_Thread, float] = {}  # threads that were given up, with their weights
@@ -190,8 +190,8 @@ class _Threads:
         self._watchdog.watch()
         return await call.future
 
-    def ends_s(self) -> list[float]:
-        """List when the calls that run must have returned; from time.monotonic()."""
+    def deadlines(self) -> list[float]:  # from time.monotonic()
+        """List the times by which the running calls must have returned."""
         return [thread.began + self.limit_s for thread in self._threads if thread.call]
 
     def check(self) -> None:
@@ -199,7 +199,7 @@ class _Threads:
         for thread in [*self._threads]:
             if call := thread.give_up(self.limit_s):
                 self._replace(thread, call)
-        with suppress(RuntimeError):  # the next check tries it again
+        with suppress(RuntimeError):  # the next check tries again
             self._start_thread()
 
     def fail(self, error: Exception) -> None:
@@ -227,7 +227,7 @@ class _Threads:
         thread = _Thread(f"{self._name}_{self._number}", self._calls, self._prepare)
         try:
             thread.start()
-        except RuntimeError:  # no thread is to be had now
+        except RuntimeError:  # no thread can be started now
             if not self._threads:
                 raise
             return
@@ -235,7 +235,7 @@ class _Threads:
         self._threads.append(thread)
 
     def _finish(self, call: _Call, result: Any, error: BaseException | None) -> None:
-        """Give an outcome to the task that awaits it, if it still does."""
+        """Pass an outcome to the task that awaits it, if there still is one."""
         self.in_hand.discard(call)
         self._watchdog.rest_soon()
         if call.future.done() or call.future.get_loop().is_closed():  # nothing awaits it
@@ -262,7 +262,7 @@ class _Threads:
         self._finish(call, None, self._failure(detail=f"watchdog: {problem}"))
 
 # %% ../../nbs/05aa_watchdog.ipynb #watchdog-itself
-_CHECK_S = 0.5  # between two looks at the calls
+_CHECK_S = 0.5  # between two checks
 _REST_S = 0.05  # from the last call to the check that stops the timer
 _SILENCE_S = 3.0  # how long the checks may be late before the timer in C ends the process
 
@@ -322,7 +322,7 @@ class Watchdog:
                 pool.in_hand.clear()
 
     def watch(self) -> None:
-        """Begin with the checks, unless they come already."""
+        """Start the checks, unless they have started."""
         if not self._is_checking:
             self._is_checking = True
             self._check()
@@ -371,7 +371,7 @@ class Watchdog:
             _exit_at_once(1 if self.is_doomed else 0)
 
     def _check(self) -> None:
-        """Look at every call; come again soon while there are any."""
+        """Look at every call; schedule the next check while there are any."""
         for pool in self._pools:
             pool.check()  # guard: a call that hangs is found
         if self.is_doomed:
@@ -383,15 +383,15 @@ class Watchdog:
             self._set_timer()
 
     def _set_timer(self) -> None:
-        """Re-arm the timer in C, or stop it if there is no call in hand."""
+        """Restart the timer in C, or stop it if there is no call in hand."""
         if not self._is_checking:
             faulthandler.cancel_dump_traceback_later()
             return
         now = time.monotonic()
         is_first = any(pool.in_hand and pool.is_first for pool in self._pools)
-        ends = [end - now for pool in self._pools for end in pool.ends_s()]
+        ends = [end - now for pool in self._pools for end in pool.deadlines()]
         silence_s = self.model_timeout_s * (_FIRST_TIMES if is_first else 1)
         after_s = max(0.0, min([silence_s, *ends])) + _SILENCE_S
-        with suppress(RuntimeError):  # no thread is to be had now
+        with suppress(RuntimeError):  # no thread can be started now
             # guard: a process that stands still ends
             faulthandler.dump_traceback_later(after_s, exit=True, file=_STDERR)

@@ -120,7 +120,7 @@ class _Batch:
         return [replace(self, rows=part, failures=1, strikes=0) for part in parts]
 
     def is_last_attempt(self, code: str = "") -> bool:
-        """True if the next failure of this single row, with this code, is recorded."""
+        """True if one more failure of a single row, with this code, is to be recorded."""
         is_answered = code in _OF_THE_WORKER  # by a worker, so the endpoint is not down
         return len(self.rows) == 1 and (self.strikes >= 3 or (is_answered and self.failures >= 5))
 
@@ -170,7 +170,7 @@ class Meter:
     options: Options
     done: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by code
-    lost: int = 0  # results not written, since another process has the row or its image is another
+    lost: int = 0  # results not written: another process has the row, or its image has changed
     vector_bytes: int = 0
     busy_s: float = 0.0  # seconds with at least one job in flight
     started: float = field(default_factory=time.monotonic)
@@ -345,6 +345,7 @@ class Run:
             self._send(pool)
         has_rows = self._in_flight or self._rows or self._retries
         if not has_rows and (self._has_claimed_all or self.stop_reason):
+            # A row whose result was lost may have a new image: then another pass looks for it.
             has_lost, self._has_claimed_all, self._has_lost = self._has_lost, False, False
             return has_lost and not self.stop_reason
         self._collect(0.1)
@@ -358,7 +359,7 @@ class Run:
                 return
             if self._is_between_passes:
                 self._was_woken, self._is_between_passes = self._wake.is_set(), False
-                self._wake.clear()  # a row that comes from now on may be behind the pass
+                self._wake.clear()  # the pass may miss a row that comes from now on
             began = time.monotonic()
             claim = next(self._claims, None)
             if claim is None:
@@ -382,9 +383,12 @@ class Run:
         self._waits += 1
         if poll_s is None:
             self._say_waiting(wait)
-        else:  # without the index of `sync`, searching a large table takes seconds
-            poll_s = min(poll_s, 1.0) if self._was_woken else poll_s  # for rows that come together
-            pause = max(min(pause, poll_s) if wait.count else poll_s, 9 * search_s)
+        else:
+            if self._was_woken:  # more rows may come soon after the first
+                poll_s = min(poll_s, 1.0)
+            pause = min(pause, poll_s) if wait.count else poll_s
+            # Without the index of `sync`, searching a large table takes seconds.
+            pause = max(pause, 9 * search_s)  # so searching takes at most a tenth of the time
         self._claim_at = time.monotonic() + pause
 
     def _say_waiting(self, wait: _Wait) -> None:
@@ -488,7 +492,7 @@ class Run:
             written = self._sink.finish(results)
             lost = len(results) - len(written)
             self.meter.count(written, lost)
-            if lost:  # such a row may have another image now, and no result
+            if lost:  # the image of such a row may have changed, and the row has no result then
                 self._has_lost = True
                 self._wake.set()
             self._say_unwritable([result for result in written if _is_unwritable(result.row)])
@@ -515,7 +519,7 @@ class Run:
             self._say(f"row {result.row.number}: {RowError(facts['code'], facts['error'])}")
 
     def _release(self) -> None:
-        """Give up the claims of all rows that are not in flight."""
+        """Release the claims of all rows that are not in flight."""
         rows = [*self._rows, *(row for batch in self._retries for row in batch.rows)]
         self._rows.clear()
         self._retries.clear()

@@ -277,7 +277,7 @@ def ask(
     (shard,), layout = plan([str(folder / "in.parquet")], Layout())
     out = Folder(str(folder / "out"))
     if note is not None:
-        out.put(engine._attempts(shard), json.dumps({"run": "r", "count": note}).encode())
+        out.put(engine._attempts(shard), f"r {note}".encode())
     task = engine._ShardTask(layout, out.uri, "r", {"client": Away, "patience_s": 0})
     task.failures = failures
     row = {"shard": json.dumps(asdict(shard)), "mode": "new"}

@@ -414,7 +414,6 @@ def _read_parquet(path: Path, id_column: str, url_column: str) -> Iterator[_Cell
             for batch in file.iter_batches(1024, columns=list(dict.fromkeys(names))):
                 yield from zip(*(to_cells(batch.column(name)) for name in names), strict=True)
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
-        # guard: a damaged page names its file
         reason = f"{path} cannot be read as Parquet: {error}".splitlines()[0]
         raise BackfillError(reason) from error
 

@@ -168,7 +168,6 @@ def _open_journal(path: Path | None) -> sqlite3.Connection:
         if "locked" in str(error):
             message = f"another backfill is writing {path}: wait for it, or write to another file"
             raise BackfillError(message) from error
-        # guard: a place that cannot be written is named
         problem = f"cannot open the journal {path}: {error}"
         raise BackfillError(f"{problem}: is its folder writable, and the file whole?") from error
     return journal
@@ -290,6 +289,10 @@ class ParquetSink(Sink):
         import_extra("pyarrow.parquet", "Parquet needs")
         if path.suffix.lower() != ".parquet" or path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"{path}: name a .parquet file in a folder that exists")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{str(path)!r} is not UTF-8, so pyarrow cannot write it") from error
         self.path, self.selection = path, selection
         self._failures_path = path.with_suffix(".failures.jsonl")
         self._journal_path = path.with_name(f".{path.name}.journal")
@@ -316,7 +319,7 @@ class ParquetSink(Sink):
     def selected(self, rows: list[Row]) -> list[Row]:
         """Filter `rows` by the selection."""
         query, result = "SELECT vector IS NOT NULL, facts FROM rows WHERE key = ?", []
-        with _reading(self._journal_path):  # guard: a damaged journal is named
+        with _reading(self._journal_path):
             for row in rows:
                 entry = self._journal.execute(query, (str(row.id),)).fetchone()
                 has_vector, facts = entry or (False, "{}")

@@ -249,7 +249,7 @@ def _read_footer(file: _File, layout: Layout) -> _Footer:
         columns = (layout.id_column, layout.image_column)
         check_columns(name, schema.names, (*columns, *layout.keep))
         check_types(name, schema, *columns, is_bytes=layout.is_bytes)
-        _check_kept(name, schema, layout.keep)
+        _check_kept(name, schema, layout.keep)  # guard: kept columns can be written
         is_whole = pyarrow.types.is_integer(schema.field(layout.id_column).type)
         types = tuple(str(schema.field(column).type) for column in layout.keep)
         version = _read_version(file.uri, stream)
@@ -261,7 +261,7 @@ def _check_kept(name: str, schema: Any, keep: Sequence[str]) -> None:
     pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
     for column in keep:
         kind, stream = schema.field(column).type, io.BytesIO()
-        try:  # guard: kept columns can be written
+        try:
             table = pyarrow.table({column: pyarrow.nulls(1, kind)}).take(pyarrow.array([0]))
             pyarrow.parquet.write_table(table, stream, compression="zstd")
             _merge(pyarrow.parquet.read_table(stream), table, [0])
@@ -439,7 +439,7 @@ class Folder:
             value = json.loads(data)
         except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, dict):  # guard: a damaged manifest is named
+        if not isinstance(value, dict):  # guard: damage is no absence
             raise BackfillError(f"{self.name}/{MANIFEST}/{name} is damaged: {cure}")
         return value
 

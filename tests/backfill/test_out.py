@@ -66,6 +66,13 @@ def test_a_folder_is_no_file(rows: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert status == 2 and "v.parquet: name a .parquet file in a folder that exists" in line
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_the_first_job(
+    rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, line = run(capsys, rows, "--out", rows.parent / "\udcff.parquet")
+    assert status == 2 and "is not UTF-8, so pyarrow cannot write it" in line
+
+
 def _garbage(path: Path) -> None:
     path.write_bytes(b"no database " * 999)
 

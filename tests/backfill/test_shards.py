@@ -156,7 +156,7 @@ def test_an_input_that_was_replaced_is_refused(source: Path, tmp_path: Path) -> 
         out.settle(layout, plan([str(source)], LAYOUT)[0])
 
 
-@pytest.mark.parametrize("changes", ["the time", "the rows"])
+@pytest.mark.parametrize("changes", ["time", "rows"])
 def test_an_input_of_the_same_size_that_was_replaced_is_refused(
     source: Path, tmp_path: Path, changes: str
 ) -> None:
@@ -165,11 +165,11 @@ def test_an_input_of_the_same_size_that_was_replaced_is_refused(
     before = source.stat()
     turned = pyarrow.parquet.read_table(source)
     urls = turned["image_url"].to_pylist()
-    if changes == "the rows":
+    if changes == "rows":
         urls[0], urls[1] = urls[1], urls[0]
     columns = {"id": turned["id"], "image_url": urls}
     pyarrow.parquet.write_table(pyarrow.table(columns), source, row_group_size=7)
-    time_ns = before.st_mtime_ns + (changes == "the time")
+    time_ns = before.st_mtime_ns + (changes == "time")
     os.utime(source, ns=(time_ns, time_ns))
     assert source.stat().st_size == before.st_size
     shards, _ = plan([str(source)], LAYOUT)
@@ -354,6 +354,7 @@ def test_a_path_and_its_uri_are_the_same_files(tmp_path: Path, name: str) -> Non
         ("s3://bucket/a b", "' ' is written as %20"),
         ("s3://bucket/\u00fc", "cannot be opened (ArrowInvalid): is it a URI, with %20 for a"),
     ],
+    ids=["fragment", "query", "percent", "space", "host", "bytes", "s3-hash", "s3-space", "s3-raw"],
 )
 def test_a_uri_that_means_another_file_is_refused(
     source: Path, uri: str, problem: str, capsys: pytest.CaptureFixture[str]
@@ -383,8 +384,8 @@ def test_parts_are_not_written_among_the_input(
     (tmp_path / "in").mkdir()
     write_rows(tmp_path / "in" / "a.parquet")
     for prefix in ("", "file://"):
-        words = (f"file://{tmp_path}/in", "--engine", "ray", "--out", f"{prefix}{tmp_path}/{out}")
-        status, line = run(capsys, *words)
+        words = (f"file://{tmp_path}/in", "--out", f"{prefix}{tmp_path}/{out}")
+        status, line = run(capsys, "--engine", "ray", "--dry-run", *words)
         assert status == 2 and "its parts would be input, too" in line
 
 
@@ -418,6 +419,21 @@ def test_of_several_first_runs_one_decides_the_layout(source: Path, tmp_path: Pa
     assert results.count("begun") == 1 and len(results) == count
     assert sum("was begun with shard_rows = " in result for result in results) == count - 1
     assert [path.name for path in (tmp_path / "out" / "_manifest").iterdir()] == ["settings.json"]
+
+
+def test_a_run_that_begins_a_moment_later_keeps_to_the_layout(
+    source: Path, tmp_path: Path
+) -> None:
+    class Late(Folder):
+        def get(self, name: str) -> bytes | None:
+            data = super().get(name)
+            if name.endswith("settings.json") and data is None:
+                begin(source, tmp_path)  # another run, after this one has seen no layout
+            return data
+
+    shards, layout = plan([str(source)], replace(LAYOUT, shard_rows=7))
+    with pytest.raises(UsageError, match="was begun with shard_rows = 10, not 7: keep to it"):
+        Late(str(tmp_path / "out")).settle(layout, shards)
 
 
 def test_without_links_the_layout_is_created_too(
@@ -544,6 +560,7 @@ def test_an_entry_is_never_left_with_the_part_of_another_run(source: Path, tmp_p
         ((), 2, "has vectors of space 5, and CLIP_SPACE_ID is 6: use another folder, or --reembed"),
         (("--reembed", "--dry-run"), 0, ""),
     ],
+    ids=["plain", "reembed"],
 )
 def test_a_folder_of_another_space_is_refused_before_ray_starts(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -561,6 +578,25 @@ def test_a_folder_of_another_space_is_refused_before_ray_starts(
     assert backfill.run(parser.parse_args(words)) == status
     assert problem in capsys.readouterr().err
     assert out.space() == "5"
+
+
+def test_the_model_of_the_environment_is_that_of_the_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    variables = {"MODEL_NAME": "ViT-L-14", "MODEL_VERSION": "v9", "SPACE_ID": "5"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"CLIP_{name}", value)
+    (shard, *_), layout = plan([str(source)], replace(LAYOUT, dim=768, shard_rows=25))
+    out = Folder(str(tmp_path / "out"))
+    out.settle(layout, [shard])
+    entry = valid_entry(shard) | {"done": 25, "failed": {}, "retryable": 0, "model_version": "v9"}
+    out.put(f"_manifest/{shard.key}.json", json.dumps(entry).encode())
+    words = ["--engine", "ray", "--shard-rows", "25", "--reembed", "--json", str(source)]
+    parser = argparse.ArgumentParser()
+    backfill.add_arguments(parser)
+    assert backfill.run(parser.parse_args([*words, "--out", out.uri])) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["status"], summary["other_spaces"]) == ("done", [])
 
 
 # Columns
@@ -629,10 +665,10 @@ def valid_entry(shard: Shard) -> dict[str, Any]:
 
 
 DAMAGE: dict[str, Any] = {
-    "empty": b"", "half": b'{"source": "x', "a list": b"[]", "no object": b"3", "bytes": b"\xff\0",
-    "deep": b"[" * 100_000, "nothing in it": b"{}", "another shard": {"first": 20},
-    "text for a number": {"done": "9"}, "a sum": {"done": 10}, "a field": {"version": None},
-    "a negative": {"done": 11, "failed": {"SOURCE_HTTP": -1}}, "counts": {"failed": {"A": "1"}},
+    "empty": b"", "half": b'{"source": "x', "a-list": b"[]", "no-object": b"3", "bytes": b"\xff\0",
+    "deep": b"[" * 100_000, "nothing-in-it": b"{}", "another-shard": {"first": 20},
+    "text-for-a-number": {"done": "9"}, "a-sum": {"done": 10}, "a-field": {"version": None},
+    "a-negative": {"done": 11, "failed": {"SOURCE_HTTP": -1}}, "counts": {"failed": {"A": "1"}},
 }  # fmt: skip
 
 

@@ -166,6 +166,9 @@ def backfill(args: argparse.Namespace, dims: Mapping[str, int]) -> dict[str, Any
         if entry and entry != before.get(shard.key):
             tally.add(entry, before[shard.key]["done"] if mode == "retry" else 0)
     whole = sum(shard.key in entries for shard in shards)
+    if status["status"] == "done" and whole < len(shards):  # guard: done means that all are whole
+        problem = f"{len(shards) - whole:,} shards are not whole: another run works on them, or"
+        status = {"status": "failed", "error": f"{problem} took them back. Start this again"}
     counts = {"shards": {"whole": whole, "total": len(shards)}}
     stale = _other_spaces(entries.values(), (space_id or _space_of(entries), known[1]))
     return {**status, **tally.summary(), **counts, "other_spaces": stale}

@@ -599,6 +599,15 @@ def test_the_model_of_the_environment_is_that_of_the_folder(
     assert (summary["status"], summary["other_spaces"]) == ("done", [])
 
 
+def test_a_run_is_not_done_while_a_shard_is_not_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(backfill_ray, "_drive", lambda *words: {"status": "done"})
+    words = ("--engine", "ray", "--shard-rows", 10, source, "--out", tmp_path / "out")
+    status, line = run(capsys, *words)
+    assert status == 1 and "3 shards are not whole: another run works on them" in line
+
+
 # Columns
 
 

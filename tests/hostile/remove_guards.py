@@ -410,6 +410,7 @@ RAY = [
     ("one image does not stop a run for ever", NEVER),
 ]
 BACKFILL_RAY = [
+    ("done means that all are whole", NEVER),
     ("no folder gets a second space", NEVER),
     ("one space for all parts", NEVER),
 ]

@@ -541,7 +541,18 @@ class Folder:
             old = (entry["size"], entry["version"])
             if known.get(entry["source"], old) != old:  # guard: inputs stay as they were
                 raise UsageError(_replaced(entry["source"]))
+        self._check_parts(entries)
         return entries
+
+    def _check_parts(self, keys: Iterable[str]) -> None:
+        """Raise BackfillError if a whole shard has no part; the entry was written after it."""
+        pyarrow = import_extra("pyarrow.fs", "Parquet needs")
+        selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)
+        names = {info.base_name for info in self._system.get_file_info(selector)}
+        lost = sorted(key for key in keys if part_name(key) not in names)
+        if lost:  # guard: a part that was deleted is missed
+            cure = f"restore it, or delete {MANIFEST}/{lost[0]}.json to embed the shard again"
+            raise BackfillError(f"{self.name}/{part_name(lost[0])} is not there: {cure}")
 
 
 def _replaced(source: str) -> str:
@@ -562,7 +573,8 @@ def _is_valid(entry: Mapping[str, Any], key: str) -> bool:
     if any(type(count) is not int or count < 0 for count in counts) or entry["retryable"] < 0:
         return False
     place = (entry["source"], entry["size"], entry["first"], entry["rows"])
-    return sum(counts) == entry["rows"] and _key(*place) == key
+    is_whole = sum(counts) == entry["rows"] and entry["part"] == part_name(key)
+    return is_whole and _key(*place) == key
 
 # %% ../../nbs/11db_shards.ipynb #embed-shard
 def _to_table(batches: list[Any], layout: Layout, block: Any, numbers: list[int]) -> Any:

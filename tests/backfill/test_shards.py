@@ -591,6 +591,7 @@ def test_the_model_of_the_environment_is_that_of_the_folder(
     out.settle(layout, [shard])
     entry = valid_entry(shard) | {"done": 25, "failed": {}, "retryable": 0, "model_version": "v9"}
     out.put(f"_manifest/{shard.key}.json", json.dumps(entry).encode())
+    out.put(f"part-{shard.key}.parquet", b"")
     words = ["--engine", "ray", "--shard-rows", "25", "--reembed", "--json", str(source)]
     parser = argparse.ArgumentParser()
     backfill.add_arguments(parser)
@@ -668,7 +669,8 @@ def test_a_kept_column_has_one_type_in_all_files(source: Path, tmp_path: Path) -
 def valid_entry(shard: Shard) -> dict[str, Any]:
     return {
         "source": shard.source, "size": shard.size, "version": shard.version,
-        "first": shard.first, "rows": shard.rows, "part": "p", "space_id": "5", "model": "m",
+        "first": shard.first, "rows": shard.rows,
+        "part": f"part-{shard.key}.parquet", "space_id": "5", "model": "m",
         "model_version": "v", "done": 9, "failed": {"SOURCE_HTTP": 1}, "retryable": 1, "run": "",
     }  # fmt: skip
 
@@ -676,7 +678,8 @@ def valid_entry(shard: Shard) -> dict[str, Any]:
 DAMAGE: dict[str, Any] = {
     "empty": b"", "half": b'{"source": "x', "a-list": b"[]", "no-object": b"3", "bytes": b"\xff\0",
     "deep": b"[" * 100_000, "nothing-in-it": b"{}", "another-shard": {"first": 20},
-    "text-for-a-number": {"done": "9"}, "a-sum": {"done": 10}, "a-field": {"version": None},
+    "text-for-a-number": {"done": "9"}, "a-sum": {"done": 10}, "a-part": {"part": "x"},
+    "a-field": {"version": None},
     "a-negative": {"done": 11, "failed": {"SOURCE_HTTP": -1}}, "counts": {"failed": {"A": "1"}},
 }  # fmt: skip
 
@@ -690,6 +693,7 @@ def test_a_damaged_entry_is_one_line_with_its_name(
     out.settle(layout, shards)
     path = tmp_path / "out" / "_manifest" / f"{shards[0].key}.json"
     path.write_text(json.dumps(valid_entry(shards[0])))
+    out.put(f"part-{shards[0].key}.parquet", b"")
     assert out.settle(layout, shards)
     data = DAMAGE[damage]
     data = data if isinstance(data, bytes) else json.dumps(valid_entry(shards[0]) | data).encode()
@@ -715,6 +719,15 @@ def test_a_damaged_manifest_is_one_line_with_its_name(
             out.space()
     else:
         assert status == 1 and f"out/_manifest/{name} is damaged: restore it, or begin" in line
+
+
+def test_a_part_that_was_deleted_is_missed(source: Path, tmp_path: Path) -> None:
+    shards, layout, out = begin(source, tmp_path)
+    embed_shard(shards[0], layout, out, embedder_of(FakeClient()))
+    out.remove(f"part-{shards[0].key}.parquet")
+    cure = f"delete _manifest/{shards[0].key}.json to embed the shard again"
+    with pytest.raises(BackfillError, match=f"part-{shards[0].key}.parquet is not there: .*{cure}"):
+        out.settle(layout, shards)
 
 
 def test_settings_of_another_program_are_refused(source: Path, tmp_path: Path) -> None:

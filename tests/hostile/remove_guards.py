@@ -393,6 +393,7 @@ SHARDS = [
     ("all parts are one table", NEVER),
     ("a layout that was lost is not invented", NEVER),
     ("inputs stay as they were", NEVER),
+    ("a part that was deleted is missed", NEVER),
     ("an entry is of the same file", NEVER),
     ("a whole shard is not repeated", NEVER),
     ("the vectors of a part can be compared", NEVER),

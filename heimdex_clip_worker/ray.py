@@ -17,7 +17,7 @@ from typing import Any, Literal
 from . import settings as environment
 from .backfill.blocks import BlockEmbedder, embed_table
 from .backfill.files import MANIFEST
-from .backfill.rows import BackfillError, import_extra
+from .backfill.rows import BackfillError, UsageError, import_extra
 from .backfill.run import Client, Options
 from .backfill.shards import Folder, Layout, Shard, embed_shard
 from .client import ClipClient
@@ -87,7 +87,7 @@ class ClipEmbedder:
         opened = client() if client else _open_client(form, space_id)
         source = getattr(opened, "backend", opened)
         held = getattr(source, "held", None) if self.is_bytes else None
-        version = model_version or ClientSettings.from_env(backend="off").model_version
+        version = model_version or ClientSettings.from_env(backend="local").model_version
         options = Options(
             in_flight=in_flight or _IN_FLIGHT[form], batch=batch, patience_s=patience_s,
             model_version=version,
@@ -159,16 +159,19 @@ class _ShardTask:
         shard, entry = Shard(**json.loads(row["shard"])), {}
         if self.failures == _MOST_FAILURES:  # guard: an outage ends the run
             self.problem = self.last
-        is_fatal = bool(self.problem)
-        problem = self.problem or self._begin(shard)
+        is_fatal, before = bool(self.problem), self.failures
+        problem = self.problem
         try:
+            self.failures += 1  # an error that nothing here expects counts too
+            problem = problem or self._begin(shard)
             if not problem:
-                self.failures += 1  # an error that nothing here expects counts too
                 options = {"run": self.run, "mode": row["mode"]}
                 entry = embed_shard(shard, self.layout, self.folder, self.blocks, **options)
-                self.failures = 0
+            self.failures = before if problem else 0
         except ClipInferenceError as error:  # those that may pass are retried inside
             problem, is_fatal = f"{error.code}: {error}", True
+        except UsageError as error:  # guard: what no repetition mends ends the run
+            problem, is_fatal = str(error), True
         except (BackfillError, OSError) as error:
             self.last = str(error)
             raise  # guard: Ray repeats the shard
@@ -179,12 +182,12 @@ class _ShardTask:
 
     def _begin(self, shard: Shard) -> str:  # what is wrong with it
         """Note an attempt; refuse a shard in which process after process has died."""
-        noted = json.loads(self.folder.get(_attempts(shard)) or b"{}")
-        count = noted.get("count", 0) if noted.get("run") == self.run else 0
-        if count == _MOST_ATTEMPTS:  # guard: one image does not stop a run for ever
-            rows = f"rows {shard.first:,} to {shard.first + shard.rows - 1:,}"
-            return f"{shard.source}, {rows}: {count} processes died in this shard"
-        note = json.dumps({"run": self.run, "count": count + 1})
+        noted = (self.folder.get(_attempts(shard)) or b"").decode("ascii", "replace")
+        run, _, number = noted.partition(" ")
+        count = int(number) if run == self.run and number.isdecimal() else 0
+        if count >= _MOST_ATTEMPTS:  # guard: one image does not stop a run for ever
+            return f"{shard.place}: {count} processes died in this shard"
+        note = f"{self.run} {count + 1}"
         self.folder.put(_attempts(shard), note.encode())
         return ""
 

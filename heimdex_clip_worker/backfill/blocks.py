@@ -78,10 +78,15 @@ class BlockEmbedder:
         self.takes_bytes = held is not None
         self.meter = Meter(options)
 
-    def embed(self, rows: Iterable[Row]) -> _Block:
-        """Embed rows that have numbers of their own; raise BackfillError, ClipInferenceError."""
+    def embed(
+        self,
+        rows: Iterable[Row],  # with numbers of their own
+        space_id: str = "",  # of all vectors; "": that of the first
+    ) -> _Block:
+        """Embed rows; raise BackfillError, ClipInferenceError."""
         block = _Block(rows, self.held)
         run = Run(block, block, self.client, self.options, say=self.say)
+        run.space_id = space_id  # guard: one space for a folder
         self.meter = run.meter
         try:
             run.drive()

@@ -27,7 +27,7 @@ __all__ = ['FileSource']
 _Cells = tuple[Any, Any] | RowError  # the id and the URL as they stand in the file
 
 
-def check_columns(path: Path, names: Sequence[str], needed: tuple[str, str]) -> None:
+def check_columns(path: Path | str, names: Sequence[str], needed: Sequence[str]) -> None:
     """Raise UsageError unless each needed column is there once."""
     for name in needed:
         count = list(names).count(name)
@@ -363,16 +363,24 @@ def _is_type(kind: Any, names: Sequence[str]) -> bool:
     return any(getattr(types, f"is_{name}")(kind) for name in names)
 
 
-def check_types(path: Path, schema: Any, id_column: str, url_column: str) -> None:
-    """Raise UsageError for a column whose type cannot hold ids or URLs."""
+def check_types(
+    path: Path | str,
+    schema: Any,
+    id_column: str,
+    image_column: str,
+    is_bytes: bool = False,  # True: the column has image files; False: URLs
+) -> None:
+    """Raise UsageError for a column whose type cannot hold ids, or URLs or image files."""
     text = (*_TEXT_TYPES, *_BYTE_TYPES, "null")
-    allowed = {id_column: ("ids", (*text, *_NUMBER_TYPES)), url_column: ("URLs", text)}
-    for name, (what, names) in allowed.items():
+    images = ("URLs", text, "text")
+    if is_bytes:
+        images = ("image files", (*_BYTE_TYPES, "null"), "bytes")
+    ids = ("ids", (*text, *_NUMBER_TYPES), "text or whole numbers")
+    for name, (what, names, needed) in ((id_column, ids), (image_column, images)):
         kind = schema.field(name).type
         kind = kind.value_type if _is_type(kind, ["dictionary"]) else kind
         # guard: columns can hold ids and URLs
         if not _is_type(getattr(kind, "storage_type", kind), names):
-            needed = "text" if what == "URLs" else "text or whole numbers"
             message = f"{path}: column {name!r} is {kind}: a column of {what} has {needed}"
             raise UsageError(message)
 
@@ -405,8 +413,9 @@ def _read_parquet(path: Path, id_column: str, url_column: str) -> Iterator[_Cell
             check_types(path, file.schema_arrow, *names)
             for batch in file.iter_batches(1024, columns=list(dict.fromkeys(names))):
                 yield from zip(*(to_cells(batch.column(name)) for name in names), strict=True)
-    except pyarrow.ArrowException as error:
-        raise BackfillError(f"{path} cannot be read as Parquet: {error}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        reason = f"{path} cannot be read as Parquet: {error}".splitlines()[0]
+        raise BackfillError(reason) from error
 
 # %% ../../nbs/11a_files.ipynb #parquet-files
 MANIFEST = "_manifest"  # of a folder of parts: a folder with an entry KEY.json for each whole part

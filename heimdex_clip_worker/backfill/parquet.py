@@ -152,8 +152,9 @@ _TABLES = (
 
 def _open_journal(path: Path | None) -> sqlite3.Connection:
     """Open the journal at `path` for this process alone; None: a temporary one."""
-    journal = sqlite3.connect(path or "", timeout=1, isolation_level=None)
+    journal = None
     try:
+        journal = sqlite3.connect(path or "", timeout=1, isolation_level=None)
         journal.execute("PRAGMA locking_mode = EXCLUSIVE")
         journal.execute("PRAGMA journal_mode = WAL")
         journal.execute("PRAGMA synchronous = FULL")
@@ -162,16 +163,21 @@ def _open_journal(path: Path | None) -> sqlite3.Connection:
             journal.execute(statement)
         journal.execute("COMMIT")
     except sqlite3.Error as error:
-        journal.close()
+        if journal:
+            journal.close()
         if "locked" in str(error):
             message = f"another backfill is writing {path}: wait for it, or write to another file"
             raise BackfillError(message) from error
-        raise BackfillError(f"cannot open the journal {path}: {error}") from error
+        problem = f"cannot open the journal {path}: {error}"
+        raise BackfillError(f"{problem}: is its folder writable, and the file whole?") from error
     return journal
 
 # %% ../../nbs/11aa_parquet.ipynb #transaction
 @contextmanager
-def _transaction(journal: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+def _transaction(
+    journal: sqlite3.Connection,
+    path: Path | None = None,  # of the journal, for the message
+) -> Iterator[sqlite3.Connection]:
     """Commit what the block writes, or nothing of it; raise BackfillError."""
     try:
         journal.execute("BEGIN IMMEDIATE")
@@ -181,8 +187,18 @@ def _transaction(journal: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         if journal.in_transaction:
             journal.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
-            raise BackfillError(f"the journal cannot be written: {error}") from error
+            raise BackfillError(f"the journal {path} cannot be written: {error}") from error
         raise
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise BackfillError if the journal at `path` turns out to be damaged."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError, LookupError, TypeError, AttributeError) as error:
+        cure = "restore it, or delete it to embed its rows again"
+        raise BackfillError(f"the journal {path} is damaged ({error}): {cure}") from error
 
 # %% ../../nbs/11aa_parquet.ipynb #write-vectors
 def _part_of(path: Path) -> Path:
@@ -237,11 +253,17 @@ def _read_vectors(journal: sqlite3.Connection, path: Path) -> None:
                 raise UsageError(message)
             for batch in file.iter_batches(1024, columns=columns):
                 journal.executemany(_SET_VECTOR, map(_to_entry, batch.to_pylist()))
-    except pyarrow.ArrowException as error:
-        raise UsageError(f"{path} cannot be read as Parquet: {error}") from error
+    except (AttributeError, TypeError) as error:  # a row without an id, a vector or a time
+        message = f"{path} has rows of another program, and will not be overwritten"
+        raise UsageError(message) from error
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        reason = f"{path} cannot be read as Parquet: {error}".splitlines()[0]
+        raise UsageError(reason) from error
 
 
 def _to_entry(row: dict[str, Any]) -> tuple[str, bool, str, bytes]:
+    if row["id"] is None:  # guard: None is no id
+        raise TypeError("no id")
     facts = {name: row[name] for name in SUCCESS_FACTS}
     facts["embedded_at"] = row["embedded_at"].strftime(TIME_FORMAT)
     return str(row["id"]), isinstance(row["id"], int), json.dumps(facts), pack(row["vector"])
@@ -249,15 +271,15 @@ def _to_entry(row: dict[str, Any]) -> tuple[str, bool, str, bytes]:
 # %% ../../nbs/11aa_parquet.ipynb #read-failures
 def _read_failures(journal: sqlite3.Connection, path: Path) -> None:
     """Add the failures of an earlier run; raise UsageError."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             entry = json.loads(line)
             row_id, facts = entry["id"], {name: entry[name] for name in FAILURE_FACTS}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} has no failures of a backfill: {error}") from error
-        if row_id is not None:
-            entry = (str(row_id), isinstance(row_id, int), json.dumps(facts))
-            journal.execute(_SET_FAILURE, entry)
+            if row_id is not None:
+                entry = (str(row_id), isinstance(row_id, int), json.dumps(facts))
+                journal.execute(_SET_FAILURE, entry)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(f"{path} has no failures of a backfill: {error}") from error
 
 # %% ../../nbs/11aa_parquet.ipynb #parquet-sink
 class ParquetSink(Sink):
@@ -265,8 +287,12 @@ class ParquetSink(Sink):
 
     def __init__(self, path: Path, selection: Selection, *, dry_run: bool = False):
         import_extra("pyarrow.parquet", "Parquet needs")
-        if path.suffix.lower() != ".parquet" or not path.parent.is_dir():
+        if path.suffix.lower() != ".parquet" or path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"{path}: name a .parquet file in a folder that exists")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{str(path)!r} is not UTF-8, so pyarrow cannot write it") from error
         self.path, self.selection = path, selection
         self._failures_path = path.with_suffix(".failures.jsonl")
         self._journal_path = path.with_name(f".{path.name}.journal")
@@ -275,40 +301,43 @@ class ParquetSink(Sink):
         try:
             self._load()
             if not dry_run:
-                self._journal.execute("DELETE FROM rejected")
+                with _transaction(self._journal, self._journal_path) as journal:
+                    journal.execute("DELETE FROM rejected")
         except BaseException:
             self._journal.close()
             raise
 
     def _load(self) -> None:
         """Fill a new journal from the files of an earlier run."""
-        (count,) = self._journal.execute("SELECT count(*) FROM rows").fetchone()
+        with _reading(self._journal_path):
+            (count,) = self._journal.execute("SELECT count(*) FROM rows").fetchone()
         if not count and self.path.exists():
-            with _transaction(self._journal):
+            with _transaction(self._journal, self._journal_path):
                 _read_vectors(self._journal, self.path)
                 _read_failures(self._journal, self._failures_path)
 
     def selected(self, rows: list[Row]) -> list[Row]:
         """Filter `rows` by the selection."""
         query, result = "SELECT vector IS NOT NULL, facts FROM rows WHERE key = ?", []
-        for row in rows:
-            entry = self._journal.execute(query, (str(row.id),)).fetchone()
-            has_vector, facts = entry or (False, "{}")
-            if self.selection.includes(json.loads(facts), bool(has_vector)):
-                result.append(row)
+        with _reading(self._journal_path):
+            for row in rows:
+                entry = self._journal.execute(query, (str(row.id),)).fetchone()
+                has_vector, facts = entry or (False, "{}")
+                if self.selection.includes(json.loads(facts), bool(has_vector)):
+                    result.append(row)
         return result
 
     def claim(self, rows: list[Row]) -> tuple[list[Row], int]:
         """Claim the selected rows, all of which are free; this fixes their order in the file."""
         claimed = self.selected(rows)
         entries = [(str(row.id), isinstance(row.id, int)) for row in claimed]
-        with _transaction(self._journal) as journal:
+        with _transaction(self._journal, self._journal_path) as journal:
             journal.executemany("INSERT OR IGNORE INTO rows (key, whole) VALUES (?, ?)", entries)
         return claimed, 0
 
     def finish(self, results: list[RowResult]) -> list[RowResult]:
         """Write results, all or none; return all of them."""
-        with _transaction(self._journal) as journal:
+        with _transaction(self._journal, self._journal_path) as journal:
             for result in results:
                 row_id, facts = result.row.id, json.dumps(result.facts)
                 entry = (str(row_id), isinstance(row_id, int), facts)
@@ -321,14 +350,15 @@ class ParquetSink(Sink):
     def reject(self, results: list[RowResult]) -> None:
         """Write failures of rows without a usable id, by their position."""
         entries = [(result.row.number, json.dumps(result.facts)) for result in results]
-        with _transaction(self._journal) as journal:
+        with _transaction(self._journal, self._journal_path) as journal:
             journal.executemany("INSERT OR REPLACE INTO rejected VALUES (?, ?)", entries)
 
     def count_spaces(self) -> dict[tuple[str, str], int]:
         """Count the vectors of each space_id and model version."""
-        texts = self._journal.execute("SELECT facts FROM rows WHERE vector IS NOT NULL")
-        facts = (json.loads(text) for (text,) in texts)
-        return dict(Counter((fact["space_id"], fact["model_version"]) for fact in facts))
+        with _reading(self._journal_path):
+            texts = self._journal.execute("SELECT facts FROM rows WHERE vector IS NOT NULL")
+            facts = (json.loads(text) for (text,) in texts)
+            return dict(Counter((fact["space_id"], fact["model_version"]) for fact in facts))
 
     def close(self, complete: bool) -> None:
         """Close the journal; if `complete`, write the files, and delete a finished journal."""
@@ -340,7 +370,7 @@ class ParquetSink(Sink):
                 _write_vectors(self._journal, self.path)
                 _write_failures(self._journal, self._failures_path)
                 is_finished = self._journal.execute(unfinished).fetchone() == (0,)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ValueError, LookupError, TypeError) as error:
             raise BackfillError(f"{self.path} cannot be written: {error}") from error
         finally:
             self._journal.close()

@@ -9,16 +9,18 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
 from .blocks import FACTS, BlockEmbedder, to_columns
 from .files import MANIFEST, check_columns, check_types
@@ -28,39 +30,96 @@ from .rows import BackfillError, Row, RowError, UsageError
 # isort: split
 from .files import part_name, to_cells
 from .rows import import_extra, read_row
-from ..errors import without_query
+from ..errors import redact_urls, without_query
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/11db_shards.ipynb #locate
 _Place = tuple[Any, str]  # a file system of pyarrow, and a path in it
+_URI = re.compile(r"file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_UNQUOTED = re.compile(r"[#\s]|%(?![0-9a-f]{2})", re.IGNORECASE)
+
+
+def _local_path(text: str) -> str | None:  # None: the URI of a store
+    """Find the absolute path of a local file or folder; raise UsageError for a wrong URI."""
+    path = text
+    if _URI.match(text):
+        is_file = text.lower().startswith("file:")
+        unquoted = _UNQUOTED.search(text) or (is_file and re.search(r"\?", text))
+        if unquoted:  # guard: a URI means one file
+            problem = f"in a URI, {unquoted[0]!r} is written as {quote(unquoted[0], safe='')}"
+            raise UsageError(f"{without_query(text)}: {problem}" + " (or name a path)" * is_file)
+        if not is_file:
+            return None
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise UsageError(f"{without_query(text)} is on another machine: name a path")
+        path = unquote(parts.path, errors="surrogateescape")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{path!r} is not UTF-8, so pyarrow cannot open it: rename it") from error
+    return os.path.abspath(path)
 
 
 def _locate(text: str) -> _Place:
     """Find the file system of a path or a URI; raise UsageError."""
     pyarrow = import_extra("pyarrow.fs", "Parquet needs")
-    if "://" not in text:
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(text)
+    path = _local_path(text)
+    if path is not None:
+        return pyarrow.fs.LocalFileSystem(), path
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(text)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         problem = type(error).__name__
-        raise UsageError(f"{without_query(text)} cannot be opened ({problem})") from error
+        hint = "is it a URI, with %20 for a space and the like?"
+        raise UsageError(f"{without_query(text)} cannot be opened ({problem}): {hint}") from error
     return system, path.rstrip("/")
+
+# %% ../../nbs/11db_shards.ipynb #named
+_SCHEMES = {"gcs": "gs", "abfs": "abfss"}
+_CONTAINER = re.compile(r"abfss?://([^/?#:@]+)(?::[^/?#@]*)?@", re.IGNORECASE)
 
 
 def _named(text: str) -> str:
-    """Name a path or a URI without what gives access to it."""
-    # guard: no key of a store in a name
-    return without_query(text) if "://" in text else os.path.realpath(text)
+    """Name a path or a URI without what gives access to it; raise UsageError."""
+    path = _local_path(text)
+    if path is not None:
+        return os.path.realpath(path)
+    scheme, mark, name = without_query(text).partition("://")  # guard: no key of a store in a name
+    if not mark:  # nothing of it may be shown
+        return scheme
+    container = _CONTAINER.match(text)
+    host = f"{container[1]}@" if container else ""
+    path = quote(unquote(name), safe="/:+=,;!$&'()*~@").rstrip("/")
+    return f"{_SCHEMES.get(scheme, scheme)}://{host}{path}"
+
+
+def check_places(inputs: Sequence[str], out: str) -> None:
+    """Raise UsageError if the parts in `out` would be input of the next run."""
+    folder = _named(out)
+    for text in inputs:
+        if f"{folder}/".startswith(f"{_named(text).rstrip('/')}/"):  # guard: parts are no input
+            raise UsageError(f"--out {folder} is in {_named(text)}: its parts would be input, too")
+
+# %% ../../nbs/11db_shards.ipynb #errors-of
+@contextmanager
+def errors_of(what: str) -> Iterator[None]:  # "a.parquet cannot be read as Parquet"
+    """Turn the errors of pyarrow and of a disk or store into a BackfillError that says `what`."""
+    pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BackfillError(f"{what}: {redact_urls(lines[0])}") from error
 
 # %% ../../nbs/11db_shards.ipynb #find-files
 @dataclass(frozen=True)
 class _File:
     """A file of the input."""
 
-    uri: str  # as it is opened; may hold a key
+    uri: str  # as it is opened: an absolute path, or a URI, which may hold a key
     size: int  # bytes
 
     def open(self) -> Any:
@@ -69,26 +128,47 @@ class _File:
         return system.open_input_file(path)
 
 
-def _files_below(uri: str) -> Iterator[_File]:
-    """Yield the Parquet files of a folder, or the file itself; raise UsageError."""
+def _files_below(uri: str) -> list[_File]:
+    """List the Parquet files of a folder, or the file itself; raise UsageError, BackfillError."""
     pyarrow = import_extra("pyarrow.fs", "Parquet needs")
     system, path = _locate(uri)
-    info = system.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.File:
-        yield _File(uri, info.size)
-        return
     selector = pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True)
-    infos = system.get_file_info(selector)
+    with errors_of(f"{_named(uri)} cannot be listed"):
+        info = system.get_file_info(path)
+        is_file = info.type == pyarrow.fs.FileType.File
+        infos = [info] if is_file else system.get_file_info(selector)
+        infos = sorted(infos, key=lambda info: info.path)
     base, mark, query = uri.partition("?")
-    count = 0
-    for info in sorted(infos, key=lambda info: info.path):
+    files = []
+    for info in infos:
         inner = info.path[len(path) :].lstrip("/")
         is_hidden = any(part.startswith((".", "_")) for part in inner.split("/"))
-        if info.is_file and inner.lower().endswith(".parquet") and not is_hidden:
-            yield _File(f"{base.rstrip('/')}/{inner}{mark}{query}", info.size)
-            count += 1
-    if not count:
+        if is_file or info.is_file and inner.lower().endswith(".parquet") and not is_hidden:
+            name = uri if is_file else f"{base.rstrip('/')}/{quote(inner)}{mark}{query}"
+            name = name if _local_path(uri) is None else info.path  # guard: paths are not quoted
+            files.append(_File(name, info.size))
+    if not files:
         raise UsageError(f"{_named(uri)} is neither a Parquet file nor a folder with such files")
+    return files
+
+# %% ../../nbs/11db_shards.ipynb #read-version
+_HEAD, _TAIL, _MAX_FOOTER = 1 << 10, 1 << 16, 1 << 26  # bytes
+
+
+def _read_version(uri: str, stream: Any) -> str:
+    """Describe which file this is: its modification time in ns, and a hash of its ends."""
+    pyarrow = import_extra("pyarrow.fs", "Parquet needs")
+    system, path = _locate(uri)
+    time_ns = system.get_file_info(path).mtime_ns or 0  # guard: a file of the same size is noticed
+    if not isinstance(system, pyarrow.fs.LocalFileSystem):
+        time_ns -= time_ns % 10**9
+    size = stream.size()
+    tail = stream.read_at(min(size, _TAIL), max(size - _TAIL, 0))
+    footer = min(int.from_bytes(tail[-8:-4], "little") + 8, size, _MAX_FOOTER)
+    if footer > len(tail):
+        tail = stream.read_at(footer, size - footer)
+    head = stream.read_at(min(size, _HEAD), 0)
+    return f"{time_ns} {hashlib.sha256(head + tail).hexdigest()[:16]}"
 
 # %% ../../nbs/11db_shards.ipynb #layout
 @dataclass(frozen=True)
@@ -102,6 +182,7 @@ class Layout:
     shard_rows: int = 10_000
     dim: int = 512  # numbers in a vector
     whole_ids: bool = False  # True: all ids are whole numbers; False: text
+    kept_types: tuple[str, ...] = ()  # of the columns `keep`
 
     def columns(self) -> list[str]:
         """List the columns that are read."""
@@ -122,6 +203,7 @@ class Shard:
     size: int  # of the file, in bytes
     first: int  # the first row, from 0
     rows: int
+    version: str  # of the file: see `_read_version`
 
     @property
     def source(self) -> str:
@@ -131,31 +213,65 @@ class Shard:
     @property
     def key(self) -> str:
         """The shard's name in the manifest: 16 hexadecimal digits."""
-        text = json.dumps([self.source, self.size, self.first, self.rows])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _key(self.source, self.size, self.first, self.rows)
+
+    @property
+    def place(self) -> str:
+        """The rows and their file, for messages."""
+        return f"{self.source}, rows {self.first:,} to {self.first + self.rows - 1:,}"
+
+
+def _key(source: str, size: int, first: int, rows: int) -> str:
+    text = json.dumps([source, size, first, rows])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/11db_shards.ipynb #plan
 _FILE_THREADS = 16
 
 
-def _read_footer(file: _File, layout: Layout) -> tuple[int, bool]:
-    """Check a file's columns; return the number of rows, and whether its ids are whole numbers."""
+@dataclass(frozen=True)
+class _Footer:
+    """What the footer of a file says."""
+
+    rows: int
+    whole_ids: bool
+    kept_types: tuple[str, ...]
+    version: str
+
+
+def _read_footer(file: _File, layout: Layout) -> _Footer:
+    """Check a file's columns, and read its footer; raise UsageError or BackfillError."""
     pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
-    name = Path(_named(file.uri))
-    try:
-        with file.open() as stream:
-            parquet = pyarrow.parquet.ParquetFile(stream)
-            schema = parquet.schema_arrow
-            check_columns(name, schema.names, (layout.id_column, layout.image_column))
-            for column in layout.keep:
-                check_columns(name, schema.names, (column, column))
-            check_types(name, schema, layout.id_column, layout.image_column)
-            is_whole = pyarrow.types.is_integer(schema.field(layout.id_column).type)
-            return parquet.metadata.num_rows, is_whole
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BackfillError(f"{name} cannot be read as Parquet: {error}") from error
+    name = _named(file.uri)
+    with errors_of(f"{name} cannot be read as Parquet"), file.open() as stream:
+        parquet = pyarrow.parquet.ParquetFile(stream)
+        schema = parquet.schema_arrow
+        columns = (layout.id_column, layout.image_column)
+        check_columns(name, schema.names, (*columns, *layout.keep))
+        check_types(name, schema, *columns, is_bytes=layout.is_bytes)
+        _check_kept(name, schema, layout.keep)  # guard: kept columns can be written
+        is_whole = pyarrow.types.is_integer(schema.field(layout.id_column).type)
+        types = tuple(str(schema.field(column).type) for column in layout.keep)
+        version = _read_version(file.uri, stream)
+        return _Footer(parquet.metadata.num_rows, is_whole, types, version)
 
 
+def _check_kept(name: str, schema: Any, keep: Sequence[str]) -> None:
+    """Raise UsageError for a kept column that no part can hold."""
+    pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
+    for column in keep:
+        kind, stream = schema.field(column).type, io.BytesIO()
+        try:
+            table = pyarrow.table({column: pyarrow.nulls(1, kind)}).take(pyarrow.array([0]))
+            pyarrow.parquet.write_table(table, stream, compression="zstd")
+            _merge(pyarrow.parquet.read_table(stream), table, [0])
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UsageError(
+                f"{name}: column {column!r} is {kind}, which no part can hold: leave out --keep "
+                f"{column}, or write the column as another type ({str(error).splitlines()[0]})"
+            ) from error
+
+# %% ../../nbs/11db_shards.ipynb #cut
 def plan(inputs: Sequence[str], layout: Layout) -> tuple[list[Shard], Layout]:
     """Cut the files at `inputs` into shards; return them with the complete layout.
 
@@ -166,46 +282,59 @@ def plan(inputs: Sequence[str], layout: Layout) -> tuple[list[Shard], Layout]:
     with ThreadPoolExecutor(_FILE_THREADS) as pool:
         footers = list(pool.map(partial(_read_footer, layout=layout), files))
     shards = []
-    for file, (rows, _) in zip(files, footers, strict=True):
-        for first in range(0, rows, layout.shard_rows):
-            count = min(layout.shard_rows, rows - first)
-            shards.append(Shard(file.uri, file.size, first, count))
+    for file, footer in zip(files, footers, strict=True):
+        if footer.kept_types != footers[0].kept_types:  # guard: a kept column has one type
+            here, there = (", ".join(one.kept_types) for one in (footer, footers[0]))
+            raise UsageError(
+                f"--keep: the columns are {here} in {_named(file.uri)}, and {there} in "
+                f"{_named(files[0].uri)}: write them with the same types"
+            )
+        for first in range(0, footer.rows, layout.shard_rows):
+            count = min(layout.shard_rows, footer.rows - first)
+            shards.append(Shard(file.uri, file.size, first, count, footer.version))
     keys = Counter(shard.key for shard in shards)
     twice = [shard.source for shard in shards if keys[shard.key] > 1]
     if twice:  # guard: a file is there once
         raise UsageError(f"{twice[0]} is there twice in the input")
-    return shards, replace(layout, whole_ids=all(is_whole for _, is_whole in footers))
+    is_whole = all(footer.whole_ids for footer in footers)
+    types = footers[0].kept_types if footers else ()
+    return shards, replace(layout, whole_ids=is_whole, kept_types=types)
 
 # %% ../../nbs/11db_shards.ipynb #read-batches
 _READ_ROWS, _READ_IMAGES = 1024, 64  # rows in memory at a time; images are large
+
+
+def _check_version(shard: Shard, stream: Any) -> None:
+    """Raise BackfillError if the open file is another one than the planned one."""
+    # guard: the file is the planned one
+    if (stream.size(), _read_version(shard.uri, stream)) != (shard.size, shard.version):
+        raise BackfillError(f"{shard.source} was replaced while the run worked on it")
 
 
 def _read_batches(shard: Shard, layout: Layout) -> Iterator[Any]:
     """Yield the rows of a shard in record batches; raise BackfillError."""
     pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
     size = _READ_IMAGES if layout.is_bytes else _READ_ROWS
-    try:
-        with _File(shard.uri, shard.size).open() as stream:
-            if stream.size() != shard.size:  # guard: the file is the planned one
-                raise BackfillError(f"{shard.source} was replaced while the run worked on it")
-            file = pyarrow.parquet.ParquetFile(stream)
-            groups, read_from, end = [], 0, 0
-            for number in range(file.num_row_groups):
-                start, end = end, end + file.metadata.row_group(number).num_rows
-                if end <= shard.first:
-                    read_from = end
-                elif start < shard.first + shard.rows:
-                    groups.append(number)
-            skip, left = shard.first - read_from, shard.rows
-            for batch in file.iter_batches(size, row_groups=groups, columns=layout.columns()):
-                part = batch.slice(min(skip, len(batch)), left)
-                skip, left = max(skip - len(batch), 0), left - len(part)
-                if len(part):
-                    yield part
-                if not left:
-                    return
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BackfillError(f"{shard.source} cannot be read as Parquet: {error}") from error
+    reading = errors_of(f"{shard.source} cannot be read as Parquet")
+    with reading, _File(shard.uri, shard.size).open() as stream:
+        _check_version(shard, stream)
+        file = pyarrow.parquet.ParquetFile(stream)
+        groups, read_from, end = [], 0, 0
+        for number in range(file.num_row_groups):
+            start, end = end, end + file.metadata.row_group(number).num_rows
+            if end <= shard.first:
+                read_from = end
+            elif start < shard.first + shard.rows:
+                groups.append(number)
+        skip, left = shard.first - read_from, shard.rows
+        for batch in file.iter_batches(size, row_groups=groups, columns=layout.columns()):
+            part = batch.slice(min(skip, len(batch)), left)
+            skip, left = max(skip - len(batch), 0), left - len(part)
+            if len(part):
+                yield part
+            if not left:
+                _check_version(shard, stream)  # guard: no rows of two files
+                return
     # guard: no row is missing
     raise BackfillError(f"{shard.source} has fewer rows than it had")
 
@@ -237,7 +366,12 @@ def _read_rows(
             number += 1
 
 # %% ../../nbs/11db_shards.ipynb #folder
-_SETTINGS = "settings.json"  # the layout, in the manifest
+_SETTINGS, _SPACE = "settings.json", "space.json"  # in the manifest: the layout, and the space
+_FIELDS = {
+    "source": str, "size": int, "version": str, "first": int, "rows": int, "part": str,
+    "space_id": str, "model": str, "model_version": str, "done": int, "failed": dict,
+    "retryable": int, "run": str,
+}  # fmt: skip
 
 
 class Folder:
@@ -245,7 +379,8 @@ class Folder:
 
     def __init__(self, uri: str):
         pyarrow = import_extra("pyarrow.fs", "Parquet needs")
-        self.uri, (self._system, self._path) = uri, _locate(uri)
+        self.uri = _local_path(uri) or uri  # other processes may have another working folder
+        self.name, (self._system, self._path) = _named(uri), _locate(uri)
         self._is_local = isinstance(self._system, pyarrow.fs.LocalFileSystem)
 
     def put(self, name: str, data: bytes) -> None:
@@ -265,6 +400,24 @@ class Folder:
         finally:
             attempt.unlink(missing_ok=True)
 
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file, unless it is there; an object store cannot tell, and writes it."""
+        if not self._is_local:
+            self.put(name, data)
+            return
+        hidden = f".{Path(name).name}.{secrets.token_hex(8)}"
+        attempt = Path(self._path, name).with_name(hidden)
+        self.put(f"{Path(name).parent}/{hidden}", data)
+        try:
+            os.link(attempt, Path(self._path, name))  # guard: one run begins a folder
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            with suppress(FileExistsError), open(Path(self._path, name), "xb") as file:
+                file.write(data)
+        finally:
+            attempt.unlink(missing_ok=True)
+
     def get(self, name: str) -> bytes | None:  # None: there is no such file
         """Read a file."""
         try:
@@ -278,19 +431,54 @@ class Folder:
         with suppress(FileNotFoundError):
             self._system.delete_file(f"{self._path}/{name}")
 
-    def part(self, key: str) -> Any | None:  # None: there is no such part
-        """Read the part of a shard as a table."""
+    def load(self, name: str, cure: str) -> dict[str, Any] | None:  # None: there is no such file
+        """Read an object of the manifest; raise BackfillError, with the cure, if it is damaged."""
+        data = self.get(f"{MANIFEST}/{name}")
+        if data is None:
+            return None
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):  # guard: damage is no absence
+            raise BackfillError(f"{self.name}/{MANIFEST}/{name} is damaged: {cure}")
+        return value
+
+    def part(self, shard: Shard) -> Any | None:  # None: there is no such part
+        """Read the part of a shard as a table; raise BackfillError."""
         pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
-        data = self.get(part_name(key))
-        return None if data is None else pyarrow.parquet.read_table(io.BytesIO(data))
+        data = self.get(part_name(shard.key))
+        if data is None:
+            return None
+        name = f"{self.name}/{part_name(shard.key)}"
+        cure = f"delete {self.name}/{MANIFEST}/{shard.key}.json, and the shard is embedded again"
+        with errors_of(f"{name} is damaged: {cure}"):
+            table = pyarrow.parquet.read_table(io.BytesIO(data))
+        if table.num_rows != shard.rows or not {"id", "vector", *FACTS} <= {*table.schema.names}:
+            raise BackfillError(f"{name} is no part of this shard: {cure}")
+        return table
+
+    def attempt(self, key: str) -> str:
+        """Read which attempt has written a part; "" if there is none."""
+        pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
+        try:
+            with self._system.open_input_file(f"{self._path}/{part_name(key)}") as stream:
+                metadata = pyarrow.parquet.read_schema(stream).metadata or {}
+                return metadata.get(b"attempt", b"").decode()
+        except FileNotFoundError:
+            return ""
 
     def entry(self, key: str) -> dict[str, Any] | None:  # None: the shard is not whole
-        """Read the entry of a shard in the manifest."""
-        data = self.get(f"{MANIFEST}/{key}.json")
-        return None if data is None else json.loads(data)
+        """Read the entry of a shard in the manifest; raise BackfillError if it is damaged."""
+        cure = "delete it, and the shard is embedded again"
+        entry = self.load(f"{key}.json", cure)
+        if entry is not None and not _is_valid(entry, key):  # guard: an entry is one of ours
+            name = f"{self.name}/{MANIFEST}/{key}.json"
+            raise BackfillError(f"{name} is damaged, or of another version or program: {cure}")
+        return entry
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Read all entries of the manifest, by key."""
+        """Read all entries of the manifest, by key; raise BackfillError."""
         pyarrow = import_extra("pyarrow.fs", "Parquet needs")
         selector = pyarrow.fs.FileSelector(f"{self._path}/{MANIFEST}", allow_not_found=True)
         names = [info.base_name for info in self._system.get_file_info(selector)]
@@ -299,43 +487,102 @@ class Folder:
             entries = dict(zip(keys, pool.map(self.entry, keys), strict=True))
         return {key: entry for key, entry in entries.items() if entry is not None}
 
+    def space(self) -> str:
+        """Read which space the vectors of all parts have; "": that is not decided yet."""
+        cure = "delete it, if all parts are of one space"
+        record = self.load(_SPACE, cure)
+        if record is None:
+            return ""
+        if not isinstance(record.get("space_id"), str) or not record["space_id"]:
+            raise BackfillError(f"{self.name}/{MANIFEST}/{_SPACE} is damaged: {cure}")
+        return record["space_id"]
+
+    def claim_space(self, space_id: str, *, anew: bool = False) -> None:
+        """Make the folder one of this space; raise UsageError if it is one of another.
+
+        With `anew`, make it one of this space in any case.
+        """
+        name, data = f"{MANIFEST}/{_SPACE}", json.dumps({"space_id": space_id}).encode()
+        if anew and self.space() != space_id:
+            self.put(name, data)
+        elif not self.space():
+            self.create(name, data)
+        if self.space() != space_id:  # guard: a folder has one space
+            raise UsageError(
+                f"{self.name} has vectors of space {self.space()}, so none of space {space_id} is "
+                "added: use that space (CLIP_SPACE_ID), another folder, or --reembed for all"
+            )
+
+    def check(self, layout: Layout) -> None:
+        """Raise UsageError if the folder has another layout."""
+        new = json.loads(json.dumps(asdict(layout)))
+        old = self.load(_SETTINGS, "restore it, or begin another folder")
+        for name in {**new, **(old or {})} if old is not None else ():
+            if old.get(name) != new.get(name):  # guard: all parts are one table
+                change = f"{name} = {old.get(name)!r}, not {new.get(name)!r}"
+                raise UsageError(f"{self.name} was begun with {change}: keep to it")
+
     def settle(
         self, layout: Layout, shards: Sequence[Shard], *, dry_run: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """Check that these shards belong in the folder, and return its entries; raise UsageError.
+        """Check that these shards belong in the folder, and return its entries.
 
-        The first run writes its layout, unless it is a dry run.
+        The first run writes its layout, unless it is a dry run. Raise UsageError, BackfillError.
         """
-        data, new = self.get(f"{MANIFEST}/{_SETTINGS}"), json.loads(json.dumps(asdict(layout)))
-        old = new if data is None else json.loads(data)
-        for name in new:
-            if old[name] != new[name]:  # guard: all parts are one table
-                change = f"{name} = {old[name]!r}, not {new[name]!r}"
-                raise UsageError(f"{_named(self.uri)} was begun with {change}: keep to it")
         entries = self.entries()
-        sizes = {shard.source: shard.size for shard in shards}
+        is_begun = self.get(f"{MANIFEST}/{_SETTINGS}") is not None
+        if entries and not is_begun:  # guard: a layout that was lost is not invented
+            problem = f"has parts, and {MANIFEST}/{_SETTINGS} is not there"
+            raise BackfillError(f"{self.name} {problem}: restore it, or begin another folder")
+        if not is_begun and not dry_run:
+            self.create(f"{MANIFEST}/{_SETTINGS}", json.dumps(asdict(layout)).encode())
+        self.check(layout)
+        known = {shard.source: (shard.size, shard.version) for shard in shards}
         for entry in entries.values():
-            # guard: inputs stay as they were
-            if sizes.get(entry["source"], entry["size"]) != entry["size"]:
-                raise UsageError(
-                    f"{entry['source']} is another file than before: embed it into another folder"
-                )
-        if data is None and not dry_run:
-            self.put(f"{MANIFEST}/{_SETTINGS}", json.dumps(new).encode())
+            old = (entry["size"], entry["version"])
+            if known.get(entry["source"], old) != old:  # guard: inputs stay as they were
+                raise UsageError(_replaced(entry["source"]))
+        self._check_parts(entries)
         return entries
+
+    def _check_parts(self, keys: Iterable[str]) -> None:
+        """Raise BackfillError if a whole shard has no part; the entry was written after it."""
+        pyarrow = import_extra("pyarrow.fs", "Parquet needs")
+        selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)
+        names = {info.base_name for info in self._system.get_file_info(selector)}
+        lost = sorted(key for key in keys if part_name(key) not in names)
+        if lost:  # guard: a part that was deleted is missed
+            cure = f"restore it, or delete {MANIFEST}/{lost[0]}.json to embed the shard again"
+            raise BackfillError(f"{self.name}/{part_name(lost[0])} is not there: {cure}")
+
+
+def _replaced(source: str) -> str:
+    problem = "another file than before (its size, its modification time, or its content)"
+    return f"{source} is {problem}: embed it into another folder"
 
 
 def _is_entry(name: str) -> bool:
     stem, _, suffix = name.partition(".")
     return suffix == "json" and len(stem) == 16 and not set(stem) - set("0123456789abcdef")
 
+
+def _is_valid(entry: Mapping[str, Any], key: str) -> bool:
+    """True if an entry has all fields, and describes the shard of this key."""
+    if any(type(entry.get(name)) is not kind for name, kind in _FIELDS.items()):
+        return False
+    counts = [entry["done"], *entry["failed"].values()]
+    if any(type(count) is not int or count < 0 for count in counts) or entry["retryable"] < 0:
+        return False
+    place = (entry["source"], entry["size"], entry["first"], entry["rows"])
+    is_whole = sum(counts) == entry["rows"] and entry["part"] == part_name(key)
+    return is_whole and _key(*place) == key
+
 # %% ../../nbs/11db_shards.ipynb #embed-shard
 def _to_table(batches: list[Any], layout: Layout, block: Any, numbers: list[int]) -> Any:
     """Build the part's rows with these numbers."""
     pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
-    source = pyarrow.Table.from_batches(batches).take(pyarrow.array(numbers, pyarrow.int64()))
-    cells = to_cells(source[layout.id_column].combine_chunks())
-    ids = [read_row(cell, "x").id for cell in cells]
+    cells = [cell for batch in batches for cell in to_cells(batch.column(layout.id_column))]
+    ids = [read_row(cells[number], "x").id for number in numbers]
     for place, number in enumerate(numbers):
         if block.facts[number].get("code") == "DUPLICATE_ID":
             ids[place] = None
@@ -343,6 +590,8 @@ def _to_table(batches: list[Any], layout: Layout, block: Any, numbers: list[int]
     ids = [row_id if row_id is None or layout.whole_ids else str(row_id) for row_id in ids]
     named = {"id": pyarrow.array(ids, kind)}
     named |= to_columns(block, numbers, layout.dim, FACTS)
+    kept = [batch.select(list(dict.fromkeys(layout.keep))) for batch in batches]
+    source = pyarrow.Table.from_batches(kept).take(pyarrow.array(numbers, pyarrow.int64()))
     return pyarrow.table(named | {name: source[name] for name in layout.keep})
 
 
@@ -361,6 +610,14 @@ def _keep(batches: Iterable[Any], kept: list[Any], names: list[str]) -> Iterator
         kept.append(batch.select(list(dict.fromkeys(names))))
         yield batch
 
+# %% ../../nbs/11db_shards.ipynb #embed-one-shard
+def _entry_of(folder: Folder, shard: Shard) -> dict[str, Any] | None:  # None: it is not whole
+    """Read the entry of a shard; raise BackfillError if it is of another file."""
+    entry = folder.entry(shard.key)
+    if entry and entry["version"] != shard.version:  # guard: an entry is of the same file
+        raise UsageError(_replaced(shard.source))
+    return entry
+
 
 def embed_shard(
     shard: Shard,
@@ -372,46 +629,78 @@ def embed_shard(
     mode: str = "new",  # for a whole shard: "retry" embeds rows that may succeed now, "anew" all
 ) -> dict[str, Any]:  # its entry in the manifest
     """Embed a shard, write its part and then its entry; raise BackfillError, ClipInferenceError."""
-    entry, began = folder.entry(shard.key), time.time()
+    began = time.time()
+    folder.check(layout)
+    space_id, entry = folder.space(), _entry_of(folder, shard)
     if entry and (mode == "new" or entry["run"] == run):  # guard: a whole shard is not repeated
         return entry
-    old = folder.part(shard.key) if entry and mode == "retry" else None
+    old = folder.part(shard) if entry and mode == "retry" else None
     numbers = list(range(shard.rows))
     if old is not None:
         numbers = [n for n in numbers if old["retryable"][n].as_py()]
     chosen, batches = set(numbers), []
     wanted = [layout.id_column, *layout.keep]
     source = _keep(_read_batches(shard, layout), batches, wanted)
-    block = embedder.embed(_read_rows(source, layout, embedder, chosen))
-    table = _to_table(batches, layout, block, numbers)
-    if old is not None:
-        table = _merge(old, table, numbers)
-    return _write_part(shard, folder, table, run, embedder.meter.busy_s, began)
+    with errors_of(f"{shard.place}, cannot be embedded"):
+        block = embedder.embed(_read_rows(source, layout, embedder, chosen), space_id)
+        table = _to_table(batches, layout, block, numbers)
+        if old is not None:
+            table = _merge(old, table, numbers)
+    times = {"busy_s": embedder.meter.busy_s, "seconds": time.time() - began}
+    table, made = _describe(shard, table, run, times)
+    return _commit(shard, layout, folder, table, made, entry)
 
 # %% ../../nbs/11db_shards.ipynb #write-part
-def _write_part(
-    shard: Shard, folder: Folder, table: Any, run: str, busy_s: float, began: float
-) -> dict[str, Any]:
-    """Write a part, and then its entry; return the entry; raise BackfillError."""
-    pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
+def _describe(
+    shard: Shard, table: Any, run: str, times: Mapping[str, float]
+) -> tuple[Any, dict[str, Any]]:  # the part with its metadata, and the entry
+    """Make the entry of a part; raise BackfillError if its vectors are of two spaces."""
     names = ("space_id", "model", "model_version")
     values = {name: set(table[name].unique().to_pylist()) - {None} for name in names}
     if len(values["space_id"]) > 1:  # guard: the vectors of a part can be compared
         spaces = " and ".join(sorted(values["space_id"]))
         raise BackfillError(f"vectors of the spaces {spaces} would be in one part: use --reembed")
-    facts = {name: "".join(sorted(unique)[:1]) for name, unique in values.items()}
-    stream = io.BytesIO()
+    facts = {name: "".join(sorted(each)[:1]) for name, each in values.items()}
     place = {"source": shard.source, "first": str(shard.first)}
-    table = table.replace_schema_metadata(facts | place)
-    pyarrow.parquet.write_table(table, stream, compression="zstd")
     failed = Counter(code for code in table["code"].to_pylist() if code)
-    entry = {
-        "source": shard.source, "size": shard.size, "first": shard.first, "rows": shard.rows,
-        "part": part_name(shard.key), **facts, "done": shard.rows - failed.total(),
-        "failed": dict(failed), "retryable": sum(filter(None, table["retryable"].to_pylist())),
-        "run": run, "busy_s": round(busy_s, 3), "seconds": round(time.time() - began, 3),
+    return table.replace_schema_metadata(facts | place), {
+        "source": shard.source, "size": shard.size, "version": shard.version,
+        "first": shard.first, "rows": shard.rows, "part": part_name(shard.key), **facts,
+        "done": shard.rows - failed.total(), "failed": dict(failed),
+        "retryable": sum(filter(None, table["retryable"].to_pylist())), "run": run,
+        **{name: round(seconds, 3) for name, seconds in times.items()},
     }  # fmt: skip
+
+# %% ../../nbs/11db_shards.ipynb #commit
+def _commit(
+    shard: Shard,
+    layout: Layout,
+    folder: Folder,
+    table: Any,
+    entry: dict[str, Any],
+    before: dict[str, Any] | None,  # the entry that was there when the work began
+) -> dict[str, Any]:  # the entry that is there now
+    """Write a part and then its entry; raise BackfillError if another run is in the way."""
+    pyarrow = import_extra("pyarrow.parquet", "Parquet needs")
+    if entry["space_id"]:
+        folder.claim_space(entry["space_id"])
+    folder.check(layout)
+    now = _entry_of(folder, shard)
+    if now and now != before:  # guard: the first of two runs keeps its part
+        return now
+    stream, attempt = io.BytesIO(), secrets.token_hex(8)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), "attempt": attempt})
+    pyarrow.parquet.write_table(table, stream, compression="zstd")
     folder.put(part_name(shard.key), stream.getvalue())
     # The entry comes last: with it, the part counts.
     folder.put(f"{MANIFEST}/{shard.key}.json", json.dumps(entry).encode())
+    try:
+        folder.check(layout)
+        if entry["space_id"]:  # guard: a space that changed meanwhile is noticed
+            folder.claim_space(entry["space_id"])
+        if folder.attempt(shard.key) != attempt:  # guard: part and entry are of one run
+            raise BackfillError(f"{shard.place}: another run writes this shard, too")
+    except BackfillError:
+        folder.remove(f"{MANIFEST}/{shard.key}.json")
+        raise
     return entry

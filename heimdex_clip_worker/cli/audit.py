@@ -278,11 +278,12 @@ class _File:
     ):
         with console.needs("backfill", "A file of vectors"):
             from pyarrow import parquet
+        schemas, file = [], path
         try:
-            files = parquet_files(path) if path.is_dir() else [path]
-            schemas = [set(parquet.read_schema(file).names) for file in files]
+            for file in parquet_files(path) if path.is_dir() else [path]:
+                schemas.append(set(parquet.read_schema(file).names))
         except (OSError, ValueError) as error:
-            raise console.CommandError(f"{path} cannot be read as vectors: {error}") from error
+            raise console.CommandError(f"{file} cannot be read as vectors: {error}") from error
         names = set.intersection(*schemas) if schemas else set()
         self._path, self._show = path, [n for n in (*_FACTS, "embedded_at") if n in names]
         self._url, self._show = url_column, [*self._show, *filter(None, [url_column])]

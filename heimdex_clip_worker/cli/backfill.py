@@ -466,10 +466,11 @@ def _run_plain(args: argparse.Namespace, follow: _Follow) -> dict[str, Any]:
             "--max-cost needs --price-per-second: without a price nothing costs anything"
         )
     needs_endpoint = not args.dry_run or args.reembed
-    overrides = {} if needs_endpoint else {"backend": "off"}
-    settings = ClientSettings.from_env(**overrides)
+    # "local" needs no key, and reads the model and the bucket, which "off" ignores
+    settings = ClientSettings.from_env(**({} if needs_endpoint else {"backend": "local"}))
     if settings.backend == "off" and needs_endpoint:
         raise UsageError("CLIP_INFERENCE_BACKEND is off: a backfill needs runpod or local")
+    overrides = {} if needs_endpoint else {"backend": "off"}
     with ClipClient.from_env(parallel=1, **overrides) as client:
         progress = console.Progress("img", prefix="[INFO] ", smoothing=0.05)
         return _backfill(args, client, settings, progress, follow)

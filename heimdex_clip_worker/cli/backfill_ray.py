@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +13,8 @@ from typing import Any
 
 from ..backfill.rows import BackfillError, UsageError
 from ..backfill.run import Options
-from ..backfill.shards import Folder, Layout, Shard, plan
+from ..backfill.shards import Folder, Layout, Shard, check_places, errors_of, plan
 from . import console
-from ..errors import redact_urls
 from ..settings import ClientSettings
 
 # %% auto #0
@@ -138,41 +136,62 @@ class _Tally:
 # %% ../../nbs/13ha_ray.ipynb #backfill
 def backfill(args: argparse.Namespace, dims: Mapping[str, int]) -> dict[str, Any]:
     """Run a backfill on Ray; return its summary; raise BackfillError or SettingsError."""
-    settings = ClientSettings.from_env(backend="off")
+    settings = ClientSettings.from_env(backend="local")  # the actors have the keys
     dim = dims.get(settings.model_name.removesuffix("-quickgelu"), Layout.dim)
     layout = Layout(
         args.id_column, args.bytes_column or args.url_column or Layout.image_column,
         bool(args.bytes_column), tuple(args.keep), args.shard_rows, dim,
     )  # fmt: skip
-    for source in args.source:
-        if os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(source), "")):
-            raise UsageError(f"--out {args.out} is in {source}: its parts would be input, too")
-    try:
-        shards, layout = plan(args.source, layout)
-        folder = Folder(args.out)
-        entries = folder.settle(layout, shards, dry_run=args.dry_run)
-    except OSError as error:  # of a disk or of a store
-        raise BackfillError(redact_urls(str(error))) from error
-    space_id = settings.space_id or ("" if args.reembed else _space_of(entries))
-    if args.reembed and not space_id:
+    if args.reembed and not settings.space_id:
         raise UsageError("--reembed with --engine ray needs CLIP_SPACE_ID: which space is wanted?")
+    check_places(args.source, args.out)
+    shards, layout = plan(args.source, layout)
+    folder = Folder(args.out)
+    with errors_of(f"{folder.name} cannot be used"):
+        entries = folder.settle(layout, shards, dry_run=args.dry_run)
+        space_id = _settle_space(args, folder, entries, settings.space_id)
     known = (space_id, settings.model_version)
     todo = _todo(shards, entries, args, known)
     if args.dry_run:
         return _dry_run(args, todo, entries)
     progress, tally = console.Progress("img", prefix="[INFO] ", smoothing=0.05), _Tally(args, dim)
     try:
-        status = _drive(args, todo, layout, known, progress)
+        status = _drive(args, todo, layout, folder, known, progress)
     finally:
         progress.close()
-    before, entries = entries, folder.entries() if todo else entries
+    with errors_of(f"{folder.name} cannot be read"):
+        before, entries = entries, folder.entries() if todo else entries
     for shard, mode in todo:
-        if entries.get(shard.key) != before.get(shard.key):
-            tally.add(entries[shard.key], before[shard.key]["done"] if mode == "retry" else 0)
+        entry = entries.get(shard.key)
+        if entry and entry != before.get(shard.key):
+            tally.add(entry, before[shard.key]["done"] if mode == "retry" else 0)
     whole = sum(shard.key in entries for shard in shards)
+    if status["status"] == "done" and whole < len(shards):  # guard: done means that all are whole
+        problem = f"{len(shards) - whole:,} shards are not whole: another run works on them, or"
+        status = {"status": "failed", "error": f"{problem} took them back. Start this again"}
     counts = {"shards": {"whole": whole, "total": len(shards)}}
     stale = _other_spaces(entries.values(), (space_id or _space_of(entries), known[1]))
     return {**status, **tally.summary(), **counts, "other_spaces": stale}
+
+
+def _settle_space(
+    args: argparse.Namespace,
+    folder: Folder,
+    entries: _Entries,
+    wanted: str,  # CLIP_SPACE_ID; "": any
+) -> str:  # the space of all vectors; "": that of the first
+    """Decide the space of the folder; raise UsageError if it has another one."""
+    space_id = folder.space() or _space_of(entries)
+    if args.reembed or not space_id:
+        space_id = wanted
+    elif wanted not in ("", space_id):  # guard: no folder gets a second space
+        raise UsageError(
+            f"{folder.name} has vectors of space {space_id}, and CLIP_SPACE_ID is {wanted}: use "
+            "another folder, or --reembed to replace them"
+        )
+    if space_id and not args.dry_run:
+        folder.claim_space(space_id, anew=args.reembed)
+    return space_id
 
 
 def _space_of(entries: _Entries) -> str:
@@ -201,6 +220,7 @@ def _drive(
     args: argparse.Namespace,
     todo: list[tuple[Shard, str]],
     layout: Layout,
+    folder: Folder,
     known: tuple[str, str],
     progress: console.Progress,
 ) -> dict[str, Any]:  # the status, and the error if there is one
@@ -219,7 +239,7 @@ def _drive(
         "space_id": known[0], "model_version": known[1], "bytes_column": args.bytes_column,
     }  # fmt: skip
     cluster = engine.Cluster(args.address, args.actors, args.cpus, args.gpus, options)
-    results = engine.embed_shards(todo, layout, args.out, cluster)
+    results = engine.embed_shards(todo, layout, folder.uri, cluster)
     try:
         left_out = _collect(results, known[0], progress)
     except BackfillError as error:

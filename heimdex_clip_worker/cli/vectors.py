@@ -87,14 +87,15 @@ def blocks(
         import numpy  # noqa: F401
         import pyarrow as pa
         import pyarrow.parquet  # noqa: F401
+    name = path
     try:
         if path.is_dir() and not parquet_files(path):
             raise ValueError("the folder has no Parquet files, or none of its parts is whole")
-        for file in parquet_files(path) if path.is_dir() else [path]:
-            yield from _file_blocks(file, show)
+        for name in parquet_files(path) if path.is_dir() else [path]:
+            yield from _file_blocks(name, show)
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CommandError(f"{path} cannot be read as vectors: {reason}") from error
+        raise CommandError(f"{name} cannot be read as vectors: {reason}") from error
 
 
 def _file_blocks(path: Path, show: Sequence[str]) -> Iterator[Block]:

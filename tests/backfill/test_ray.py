@@ -267,7 +267,11 @@ class Away:
 
 
 def ask(
-    folder: Path, note: int | None = None, failures: int = 0, after: int | None = None
+    folder: Path,
+    note: int | bytes | None = None,
+    failures: int = 0,
+    after: int | None = None,
+    client: type = Away,
 ) -> list[dict[str, Any]]:
     """Let a task embed a shard; with `note`, as many processes have died in it.
 
@@ -277,8 +281,9 @@ def ask(
     (shard,), layout = plan([str(folder / "in.parquet")], Layout())
     out = Folder(str(folder / "out"))
     if note is not None:
-        out.put(engine._attempts(shard), json.dumps({"run": "r", "count": note}).encode())
-    task = engine._ShardTask(layout, out.uri, "r", {"client": Away, "patience_s": 0})
+        data = note if isinstance(note, bytes) else f"r {note}".encode()
+        out.put(engine._attempts(shard), data)
+    task = engine._ShardTask(layout, out.uri, "r", {"client": client, "patience_s": 0})
     task.failures = failures
     row = {"shard": json.dumps(asdict(shard)), "mode": "new"}
     rows = task(pyarrow.Table.from_pylist([row])).to_pylist()
@@ -300,6 +305,45 @@ def test_a_shard_that_kills_its_processes_is_left_out(tmp_path: Path) -> None:
     (row,) = ask(tmp_path, note=5, failures=2, after=2)  # the task itself did not fail
     assert "in.parquet, rows 0 to 0: 5 processes died in this shard" in row["problem"]
     assert not row["is_fatal"]
+
+
+class Embeds:
+    """A client that makes a vector for each image."""
+
+    def embed_image_batch(self, items: list[Any]) -> list[Any]:
+        facts = {"space_id": "5", "model": "m", "pretrained": "p", "normalized": True}
+        return [{"embedding": [1.0] * 512, **facts} for _ in items]
+
+
+@pytest.mark.parametrize("note", [b"", b"\xff", b"{", b"r", b"r x", b"other 5", b"[]"])
+def test_a_damaged_note_of_attempts_stops_no_shard(tmp_path: Path, note: bytes) -> None:
+    (row,) = ask(tmp_path, note=note, client=Embeds)
+    assert json.loads(row["entry"])["done"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("settings.json", json.dumps(asdict(Layout(shard_rows=7))), "begun with shard_rows = 7"),
+        ("space.json", '{"space_id": "6"}', "vectors of space 6, so none of space 5 is added"),
+    ],
+    ids=["settings", "space"],
+)
+def test_a_folder_of_another_run_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: str, problem: str
+) -> None:
+    class Meanwhile(Embeds):
+        def embed_image_batch(self, items: list[Any]) -> list[Any]:
+            Folder(str(tmp_path / "out")).put(f"_manifest/{name}", data.encode())
+            return super().embed_image_batch(items)
+
+    (row,) = ask(tmp_path, client=Meanwhile)
+    assert row["is_fatal"] and problem in row["problem"] and row["entry"] == "{}"
+
+
+def test_the_actors_know_the_model_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_MODEL_VERSION", "v9")
+    assert ClipEmbedder(client=Embeds).blocks.options.model_version == "v9"
 
 
 def test_bytes_need_the_model_in_the_actor() -> None:

@@ -40,6 +40,7 @@ FILES = {
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
     "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
+    "parquet": "backfill/parquet.py",
     "blocks": "backfill/blocks.py", "shards": "backfill/shards.py",
     "ray": "ray.py", "backfill_ray": "cli/backfill_ray.py", "local": "remote/local.py",
     "endpoint": "remote/endpoint.py",
@@ -81,6 +82,7 @@ TESTS = {
     "weights": ["tests/model/test_bake.py"],
     "rows": ["tests/backfill/test_files.py"],
     "files": ["tests/backfill/test_files.py", "tests/backfill/test_shards.py"],
+    "parquet": ["tests/backfill/test_out.py"],
     "blocks": ["tests/backfill/test_shards.py"],
     "shards": ["tests/backfill/test_shards.py"],
     "ray": ["tests/backfill/test_ray.py"],
@@ -362,31 +364,55 @@ FILES_OF_ROWS = [
     ("small floats are exact", NEVER),
     ("only whole parts are read", NEVER),
 ]
+PARQUET = [
+    ("None is no id", NEVER),
+]
 BLOCKS = [
+    ("one space for a folder", SKIP),
     ("an image is bytes", NEVER),
     ("no column of the caller is replaced", NEVER),
 ]
 SHARDS = [
+    ("a URI means one file", NEVER),
     ("no key of a store in a name", (r"without_query\(text\)", "text")),
+    ("parts are no input", NEVER),
+    ("paths are not quoted", (r"name if .*", "name")),
+    ("a file of the same size is noticed", (r"= system.*", "= 0")),
     ("no kept column replaces ours", NEVER),
+    ("kept columns can be written", SKIP),
+    ("a kept column has one type", NEVER),
     ("a file is there once", NEVER),
     ("the file is the planned one", NEVER),
+    ("no rows of two files", SKIP),
     ("no row is missing", (r"raise .*", "return")),
     ("parts are whole", (r"= final.*", "= final")),
+    ("one run begins a folder", (r"os\.link", "os.replace")),
+    ("damage is no absence", NEVER),
+    ("an entry is one of ours", NEVER),
+    ("a folder has one space", NEVER),
     ("all parts are one table", NEVER),
+    ("a layout that was lost is not invented", NEVER),
     ("inputs stay as they were", NEVER),
+    ("a part that was deleted is missed", NEVER),
+    ("an entry is of the same file", NEVER),
     ("a whole shard is not repeated", NEVER),
     ("the vectors of a part can be compared", NEVER),
+    ("the first of two runs keeps its part", NEVER),
+    ("a space that changed meanwhile is noticed", NEVER),
+    ("part and entry are of one run", NEVER),
 ]
 RAY = [
     ("the device is Ray's decision", (r' \| \{"CLIP_DEVICE".*', "")),
     ("golden vectors before the first block", SKIP),
     ("Ray reports nothing", SKIP),
     ("an outage ends the run", NEVER),
+    ("what no repetition mends ends the run", (r"UsageError", "KeyError")),
     ("Ray repeats the shard", (r"raise", "pass")),
     ("one image does not stop a run for ever", NEVER),
 ]
 BACKFILL_RAY = [
+    ("done means that all are whole", NEVER),
+    ("no folder gets a second space", NEVER),
     ("one space for all parts", NEVER),
 ]
 LOCAL = [
@@ -492,6 +518,7 @@ GUARDS = [
         ("files", FILES_OF_ROWS),
         ("postgres", POSTGRES),
         ("triggers", TRIGGERS),
+        ("parquet", PARQUET),
         ("blocks", BLOCKS),
         ("shards", SHARDS),
         ("ray", RAY),

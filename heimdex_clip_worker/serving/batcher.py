@@ -97,7 +97,8 @@ class Batcher:
         future = loop.create_future()
         job = object() if job is None else job
         self._entries.setdefault(job, deque()).append((item, future))
-        loop.call_soon(self._start_batch)  # after the tasks that are ready now
+        if len(self._running) < self.at_once:  # else the end of a batch starts the next one
+            loop.call_soon(self._start_batch)  # after the tasks that are ready now
         return await future
 
     def _start_batch(

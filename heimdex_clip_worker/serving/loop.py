@@ -7,13 +7,86 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, NamedTuple
 
 # %% auto #0
 __all__ = ['LoopThread']
+
+# %% ../../nbs/02d_loop.ipynb #one-call
+class _Call:
+    """Work of a task in one loop, the caller's, that runs in another loop."""
+
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, Any],
+        loop: asyncio.AbstractEventLoop,  # where it runs
+        name: str,  # of the thread
+    ):
+        self.work, self._loop, self._name = work, loop, name
+        self._caller = asyncio.get_running_loop()
+        # An outcome is not kept: an exception refers to the frames of the call, and they to it.
+        self._outcome: asyncio.Future[Any] | None = self._caller.create_future()
+        self._task: asyncio.Task[Any] | None = None  # in the other loop
+
+    async def outcome(self, timeout_s: float) -> Any:
+        """Wait for the end of the work; return its result or raise its exception.
+
+        Raise TimeoutError at the deadline, and ConnectionError if the other loop ends.
+        """
+        timer = self._caller.call_later(timeout_s, self._expire, self._outcome)
+        try:
+            return await self._outcome
+        finally:
+            timer.cancel()
+            is_early, self._outcome = not self._outcome.done() or self._task is not None, None
+            if is_early:
+                with suppress(RuntimeError):  # that loop is closed
+                    self._loop.call_soon_threadsafe(self._cancel)
+
+    def start(self) -> None:
+        """Start the work: called in its loop."""
+        if self._outcome is None:  # the caller has left
+            self.work.close()
+            return
+        self._task = self._loop.create_task(_contained(self.work))
+        self._task.add_done_callback(self._report)
+
+    def _cancel(self) -> None:
+        """Cancel the work: called in its loop."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _report(self, task: asyncio.Task[Any]) -> None:
+        """Send the outcome of the work to the caller."""
+        self._task = None
+        with suppress(RuntimeError):  # the caller's loop is closed
+            self._caller.call_soon_threadsafe(self._settle, task)
+
+    def _settle(self, task: asyncio.Task[Any]) -> None:
+        """Take the outcome, unless the caller has left: called in its loop."""
+        error = ConnectionError(f"{self._name}: ended") if task.cancelled() else task.exception()
+        if self._outcome is None or self._outcome.done():
+            return
+        if error is not None:
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(task.result())
+
+    @staticmethod
+    def _expire(outcome: asyncio.Future[Any]) -> None:
+        if not outcome.done():
+            outcome.set_exception(asyncio.TimeoutError())
+
+
+async def _contained(work: Coroutine[Any, Any, Any]) -> Any:
+    """Await `work`; turn what would end the event loop into an error."""
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as error:  # guard: an exit stays in its call
+        raise RuntimeError(f"{type(error).__name__} in a call") from error
 
 # %% ../../nbs/02d_loop.ipynb #the-thread-itself
 class _Running(NamedTuple):
@@ -57,7 +130,7 @@ class LoopThread:
 
     async def call(
         self,
-        function: Callable[..., Awaitable[Any]],  # called in the thread's loop
+        function: Callable[..., Coroutine[Any, Any, Any]],  # called in the caller's thread
         *args: Any,  # after the resource
         timeout_s: float,
     ) -> Any:
@@ -66,26 +139,16 @@ class LoopThread:
         Cancelling the call cancels the function. So does the deadline.
         """
         running = await self.open()
-        work = function(running.resource, *args)
+        call = _Call(function(running.resource, *args), running.loop, self._name)
         try:
             with self._lock:  # `close` takes it first: work that comes later would never end
                 if self._thread is None or not self._is_current(running):
                     raise RuntimeError("closed")
-                result = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, running.loop))
+                running.loop.call_soon_threadsafe(call.start)
         except RuntimeError as error:  # the loop is closed, or about to be
-            work.close()
+            call.work.close()
             raise ConnectionError(f"{self._name}: closed") from error
-        done: set[asyncio.Future[Any]] = set()
-        try:
-            done, _ = await asyncio.wait([result], timeout=timeout_s)
-            if not done:
-                raise asyncio.TimeoutError
-            if result.cancelled():
-                raise ConnectionError(f"{self._name}: ended")
-            return result.result()
-        finally:
-            result.cancel()  # in the thread's loop too
-            del result, done  # an exception refers to this frame, and they to the exception
+        return await call.outcome(timeout_s)
 
     async def close(self) -> None:
         """End the loop and what it still does, and wait for the thread; a later call starts it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,13 +97,10 @@ def _embed_batch(
         raise InferenceFailed(detail=f"rows of shape {tuple(rows.shape)}")
     return to_vectors(rows, list(normalize))
 
-# %% ../../nbs/05c_pipeline.ipynb #in-task
-async def _in_task(fetch: Callable[[str], Awaitable[bytes]], url: str) -> bytes:
-    """Fetch a file in a task of its own; turn what would end the event loop into an error."""
-    try:
-        return await fetch(url)
-    except (SystemExit, KeyboardInterrupt) as error:  # guard: a download's exit stays in its job
-        raise RuntimeError(f"{type(error).__name__} in a download") from error
+# %% ../../nbs/05c_pipeline.ipynb #is-cancelled-too
+def _is_cancelled_too(task: asyncio.Task[Any]) -> bool:
+    """Take back the one cancellation that came from us; true if there is another one."""
+    return hasattr(task, "uncancel") and task.uncancel() > 0  # Python 3.10 does not count them
 
 # %% ../../nbs/05c_pipeline.ipynb #the-pipeline-itself
 _BATCHES_IN_FLIGHT, _MIN_IN_FLIGHT = 3, 64  # most images in flight: 3 batches, but at least 64
@@ -176,13 +173,18 @@ class Pipeline:
 
     async def _fetch(self, url: str, reservation: Any) -> bytes | None:  # None: evicted
         """Fetch a file, unless its reservation is evicted meanwhile."""
-        fetch = asyncio.ensure_future(_in_task(self.fetcher.fetch, url))
+        task = asyncio.current_task()
         try:
-            with reservation.may_evict(fetch.cancel):  # guard: slow downloads give way
-                await asyncio.wait([fetch])
-        finally:
-            fetch.cancel()
-        return None if fetch.cancelled() and reservation.is_evicted else fetch.result()
+            try:
+                with reservation.may_evict(task.cancel):  # guard: slow downloads give way
+                    return await self.fetcher.fetch(url)
+            finally:
+                if reservation.is_evicted:  # a fetch that did not wait has not been cancelled yet
+                    await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if not reservation.is_evicted or _is_cancelled_too(task):
+                raise
+            return None
 
     async def prepare(
         self,

@@ -265,6 +265,7 @@ class _Threads:
 _CHECK_S = 0.5  # between two checks
 _REST_S = 0.05  # from the last call to the check that stops the timer
 _SILENCE_S = 3.0  # how long the checks may be late before the timer in C ends the process
+_EARLY_S = 1.0  # how much sooner it may come: a restart starts a thread in C, which takes 0.5 ms
 
 
 class Watchdog:
@@ -279,6 +280,7 @@ class Watchdog:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_checking = False
         self._next_check: asyncio.TimerHandle | None = None
+        self._timer_end: float | None = None  # when the timer in C ends the process
 
     @property
     def is_doomed(self) -> bool:
@@ -386,12 +388,16 @@ class Watchdog:
         """Restart the timer in C, or stop it if there is no call in hand."""
         if not self._is_checking:
             faulthandler.cancel_dump_traceback_later()
+            self._timer_end = None
             return
         now = time.monotonic()
         is_first = any(pool.in_hand and pool.is_first for pool in self._pools)
         ends = [end - now for pool in self._pools for end in pool.deadlines()]
         silence_s = self.model_timeout_s * (_FIRST_TIMES if is_first else 1)
         after_s = max(0.0, min([silence_s, *ends])) + _SILENCE_S
+        if self._timer_end and 0 <= now + after_s - self._timer_end < _EARLY_S:
+            return
         with suppress(RuntimeError):  # no thread can be started now
             # guard: a process that stands still ends
             faulthandler.dump_traceback_later(after_s, exit=True, file=_STDERR)
+            self._timer_end = now + after_s

@@ -29,7 +29,7 @@ HOSTILE = "tests/hostile"
 FILES = {
     "auth": "auth.py", "contract": "contract.py", "handler": "handler.py",
     "connection": "serving/connection.py", "pool": "serving/pool.py",
-    "download": "serving/download.py", "avif": "serving/avif.py", "decode": "serving/decode.py",
+    "loop": "serving/loop.py", "download": "serving/download.py", "avif": "serving/avif.py", "decode": "serving/decode.py",
     "png": "serving/png.py",
     "watchdog": "serving/watchdog.py",
     "budget": "serving/budget.py", "batcher": "serving/batcher.py",
@@ -57,6 +57,7 @@ TESTS = {
     "contract": [f"{HOSTILE}/test_payload_rows.py", f"{HOSTILE}/test_many_rows.py"],
     "connection": [f"{HOSTILE}/test_poison_rows.py", f"{HOSTILE}/test_network_rows.py"],
     "pool": [f"{HOSTILE}/test_poison_rows.py"],
+    "loop": ["tests/serving/test_loop.py"],
     "download": [f"{HOSTILE}/test_network_rows.py", "tests/serving/test_download.py"],
     "avif": ["-k", "avif", f"{HOSTILE}/test_image_rows.py"],
     "png": ["-k", "png", f"{HOSTILE}/test_image_rows.py"],
@@ -159,6 +160,9 @@ POOL = [
     ("looked at again before use", (r"return .*", "return True")),
     ("a connection has its time", (r"=.*", "= True")),
     ("fewer connections to a host that refuses", NEVER),
+]
+LOOP = [
+    ("an exit stays in its call", (r"\(SystemExit, KeyboardInterrupt\)", "ZeroDivisionError")),
 ]
 DOWNLOAD = [
     ("never the metadata service", NEVER),
@@ -299,7 +303,6 @@ PIPELINE = [
     ("no job takes all decode slots", (r"async with .*:", "if True:")),
     ("a large image that hangs counts more", (r"weight=.*\)", "weight=1)")),
     ("large images share memory", (r"self\.large_bytes\.reserve\(count, job\), ", "")),
-    ("a download's exit stays in its job", (r"\(SystemExit, KeyboardInterrupt\)", "ZeroDivisionError")),
     ("slow downloads give way", (r"with .*:", "if True:")),
     ("jobs take turns with texts", (r"async with .*:", "if True:")),
 ]
@@ -497,6 +500,7 @@ GUARDS = [
         ("auth", AUTH),
         ("connection", CONNECTION),
         ("pool", POOL),
+        ("loop", LOOP),
         ("download", DOWNLOAD),
         ("contract", CONTRACT),
         ("avif", AVIF),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -566,3 +568,160 @@ def test_the_functions_of_triggers_have_a_fixed_search_path(server: Server) -> N
     installed(server, server.make("safe", 1))
     query = "SELECT DISTINCT proconfig, prosecdef FROM pg_proc WHERE proname LIKE 'heimdex_%%'"
     assert server.do(query) == [(["search_path=pg_catalog, pg_temp"], False)]
+
+
+DROPS_CODE = "NEW.visual_clip_metadata := NEW.visual_clip_metadata - 'code';"
+AFTER = """CREATE FUNCTION {t}_f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body}
+    RETURN NULL; END$$; CREATE {kind} g AFTER UPDATE ON {t} {how} FOR EACH ROW
+    WHEN (NEW.id % 2 = 1 AND pg_trigger_depth() = 0) EXECUTE FUNCTION {t}_f()"""
+UNDO = "UPDATE {t} SET {change} WHERE id = NEW.id;"
+CLEARS = "embedding_visual_clip = NULL"
+FORGETS = "visual_clip_metadata = visual_clip_metadata - 'code'"
+DEFERRED = {"kind": "CONSTRAINT TRIGGER", "how": "DEFERRABLE INITIALLY DEFERRED"}
+
+
+def undone_after(change: str, kind: str = "TRIGGER", how: str = "") -> str:
+    """Make a trigger that takes back what was written to rows with an odd id."""
+    body = UNDO.format(t="{t}", change=change)
+    return AFTER.format(t="{t}", body=body, kind=kind, how=how)
+
+
+UNDONE = {
+    "before_code": if_odd(DROPS_CODE), "after_code": undone_after(FORGETS),
+    "after_vector": undone_after(CLEARS), "deferred_vector": undone_after(CLEARS, **DEFERRED),
+    "after_both": undone_after(f"{CLEARS}, {FORGETS}"),
+    "before_plan": if_odd("NEW.visual_clip_metadata := NEW.visual_clip_metadata - 'attempts';"),
+}  # fmt: skip
+
+
+class Broken(Client):
+    """Finds no image for an odd number."""
+
+    def embed_image_batch(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        answers = super().embed_image_batch(items)
+        gone = {"error": "HTTP 404", "code": "SOURCE_HTTP", "retryable": True}
+        return [gone if a["embedding"][0] % 2 else a for a in answers]
+
+
+@pytest.mark.parametrize("kind", UNDONE)
+def test_what_a_trigger_takes_back_is_no_result_and_is_not_made_for_ever(
+    server: Server, kind: str
+) -> None:
+    table = server.make(f"undone_{kind}")
+    server.do(UNDONE[kind].format(t=table))
+    uri = server.uri.replace("postgresql://postgres:@", "postgresql://worker:@")
+    selection = Selection(retries=8, has_url=True)
+    sink = PostgresSink(Database(uri), selection, table=table, is_lasting=True)
+    client = Client() if "vector" in kind else Broken()
+    run = Run(sink, sink, client, Options(batch=4, in_flight=2, poll_s=0.1))
+    threading.Timer(3, run.stop, ["interrupted"]).start()
+    run.drive()
+    sink.close(complete=True)
+    assert server.done(table) == [0, 2, 4, 6, 8] and run.meter.done == 5
+    assert run.meter.failed == {"NOT_WRITABLE": 5} and server.leases(table) == 0
+    assert len(client.sent) == 10, client.sent
+
+
+def test_what_another_program_takes_back_is_not_made_for_ever(server: Server) -> None:
+    table = server.make("undone_beside", 2)
+    sink = server.sink(table, is_lasting=True)
+    client, lines = Client(), []
+    run = Run(sink, sink, client, Options(poll_s=0.05), say=lines.append)
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        server.do(f"UPDATE {table} SET {CLEARS}, visual_clip_metadata = NULL WHERE id = 1")
+        time.sleep(0.02)
+    run.stop("interrupted")
+    thread.join(30)
+    sink.close(complete=True)
+    assert server.done(table) == [0] and client.sent.count("https://x/1") == 4
+    assert run.meter.failed == {"NOT_WRITABLE": 1} and "does not stay" in lines[-1]
+
+
+def test_a_vector_that_is_cleared_on_purpose_is_made_again(server: Server) -> None:
+    table = server.make("remade", 2)
+    sink = server.sink(table, is_lasting=True)
+    for _ in range(3):
+        (page,) = sink.pages(9)
+        rows, _ = sink.claim(page)
+        item = {"embedding": [0.0, 1.0], **FACTS}
+        assert len(sink.finish([success(row, item, "v1") for row in rows])) == 2
+        server.do(f"UPDATE {table} SET {CLEARS}, visual_clip_metadata = NULL")
+    server.do(f"UPDATE {table} SET thumbnail_url = 'https://x/8'")  # another picture
+    (page,) = sink.pages(9)
+    assert [row.error for row in sink.claim(page)[0]] == [None, None]
+    sink.close(complete=True)
+
+
+def holding(server: Server, table: str) -> tuple[PostgresSink, list[Row]]:
+    """Open a sink that has leased all rows of a table."""
+    sink = server.sink(table, lease_s=0.3)
+    (page,) = sink.pages(99)
+    return sink, sink.claim(page)[0]
+
+
+def finish_all(sink: PostgresSink, rows: list[Row]) -> int:
+    item = {"embedding": [0.0, 1.0], **FACTS}
+    return len(sink.finish([success(row, item, "v1") for row in rows]))
+
+
+ACTS: dict[str, Any] = {
+    "finish": finish_all, "release": lambda sink, rows: sink.release(rows),
+    "renew": lambda sink, rows: (time.sleep(0.15), sink.renew()),
+    "plan": lambda sink, rows: sink.plan_failures(),
+    "close": lambda sink, rows: sink.close(complete=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_no_statement_of_a_user_is_the_victim_of_a_deadlock_with_ours(
+    server: Server, act: str
+) -> None:
+    table = server.make(f"order_{act}", 4)
+    sink, rows = holding(server, table)
+    if act == "plan":
+        facts = {"code": "X", "retryable": True, "failed_at": "2020"}
+        server.do(f"UPDATE {table} SET visual_clip_metadata = %s", json.dumps(facts))
+    ours: list[Any] = []
+    thread = threading.Thread(target=lambda: ours.append(ACTS[act](sink, rows)))
+    update = f"UPDATE {table} SET thumbnail_url = thumbnail_url WHERE id = %s"
+    with psycopg.connect(server.uri) as user:
+        user.execute("SET LOCAL deadlock_timeout = '50ms'")  # the user is the first to look
+        user.execute(update, [2])
+        thread.start()
+        time.sleep(0.7)
+        for row_id in (0, 1, 3):  # in any order
+            user.execute(update, [row_id])
+        user.commit()
+    thread.join(20)
+    assert not thread.is_alive()
+    if act in ("finish", "plan"):
+        assert ours == [4]
+    if act in ("finish", "release", "close"):
+        assert server.leases(table) == 0
+    if act != "close":
+        sink.close(complete=True)
+
+
+@pytest.mark.timeout(60)
+def test_updates_of_many_rows_go_through_while_a_table_is_kept_in_step(server: Server) -> None:
+    table = server.make("busy_rows", 200)
+    sink = server.sink(table, is_lasting=True)
+    run = Run(sink, sink, Client(), Options(batch=20, in_flight=4, poll_s=0.05))
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    chance, longest, deadline = random.Random(3), 0.0, time.monotonic() + 6
+    with psycopg.connect(server.uri, autocommit=True) as user:
+        user.execute("SET deadlock_timeout = '10ms'")
+        while time.monotonic() < deadline:
+            began = time.monotonic()
+            with user.transaction():
+                for row_id in chance.sample(range(200), 8):
+                    user.execute(f"UPDATE {table} SET {CLEARS} WHERE id = %s", [row_id])
+            longest = max(longest, time.monotonic() - began)
+    run.stop("interrupted")
+    thread.join(30)
+    sink.close(complete=True)
+    assert longest < 3 and not thread.is_alive() and run.meter.done > 200

@@ -396,6 +396,12 @@ POSTGRES = [
     ("a result is of its picture", (r"_IS_SAME_URL if has_url else ", "")),
     ("no column gets vectors of another space", (r"_IS_SAME_COLUMN", '"true"')),
     ("no row is embedded for ever", NEVER),
+    (
+        "no row is waited for while another is locked",
+        (r"_find_each\(statement", '_find_each(f"{statement}_waiting"'),
+    ),
+    ("what is counted as written is there", (r"= .*", "= set()")),
+    ("no result is written for ever", NEVER),
 ]
 TRIGGERS = [
     ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),

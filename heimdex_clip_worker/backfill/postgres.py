@@ -224,6 +224,12 @@ def _read_columns(database: Database, table: str) -> dict[str, _Column]:
     return {column: _Column(*facts) for column, _, *facts in columns}
 
 
+def _may_hide_rows(database: Database, table: str) -> bool:
+    """True if row level security may hide rows of a table from this role."""
+    question = "SELECT row_security_active(to_regclass(%(table)s))"
+    return database.run(question, {"table": _quote_table(table)})[0][0]
+
+
 def _check_columns(
     columns: dict[str, _Column],
     names: dict[str, str],  # role ("id", "url", "vector", "metadata") -> column
@@ -685,12 +691,11 @@ class PostgresSink(Sink):
         self._has_own_urls = not (url_choices or add_missing)
         self._parts = _parts(table, names, columns)
         self._statements = {name: self.compose(text) for name, text in (_READ | _WRITE).items()}
-        self._is_lasting = is_lasting
         self.quoted_table = _quote_table(table)
         self.database, self.selection = database, selection
         self._lease_s, self._add_missing = min(lease_s, self.longest_lease_s), add_missing
         self._leases: dict[int | str, tuple[str, float]] = {}  # id -> token, time of renewal
-        self._patience_s = patience_s
+        self._patience_s, self._is_lasting = patience_s, is_lasting
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
         self._unwritable: dict[int | str, tuple[float, float]] = {}  # id -> until when, and a pause

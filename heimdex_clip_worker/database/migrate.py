@@ -162,13 +162,22 @@ WITH part AS (
             AS is_due
     FROM {table} AS t WHERE %(last)s::text IS NULL OR t.{id} > %(last)s::text::{id_type}
     ORDER BY t.{id} LIMIT %(size)s),
+free AS (
+    SELECT t.{id} AS id FROM part JOIN {table} AS t ON t.{id} = part.id
+    WHERE part.is_due ORDER BY t.{id} FOR NO KEY UPDATE OF t SKIP LOCKED),
 copied AS (
     UPDATE {table} AS t SET {to} = t.{vector}::{type},
         {to_metadata} = CASE jsonb_typeof(t.{metadata})
             WHEN 'object' THEN t.{metadata} - 'backfill_lease' ELSE '{{}}' END
-    FROM part WHERE t.{id} = part.id AND part.is_due RETURNING 1)
+    FROM free WHERE t.{id} = free.id RETURNING 1)
 SELECT count(*), (SELECT id::text FROM part ORDER BY part.id DESC LIMIT 1),
-    (SELECT count(*) FROM copied) FROM part"""
+    (SELECT count(*) FROM copied), ARRAY(SELECT id::text FROM part
+        WHERE is_due AND id NOT IN (SELECT id FROM free) ORDER BY id) FROM part"""
+_COPY_ONE = """
+UPDATE {table} AS t SET {to} = t.{vector}::{type},
+    {to_metadata} = CASE jsonb_typeof(t.{metadata})
+        WHEN 'object' THEN t.{metadata} - 'backfill_lease' ELSE '{{}}' END
+WHERE t.{id} = %(id)s::text::{id_type} AND t.{vector} IS NOT NULL RETURNING 1"""
 _SAMPLE = """
 SELECT t.{id}::text FROM {table} AS t WHERE t.{vector} IS NOT NULL AND t.{to} IS NOT NULL
 ORDER BY md5(t.{id}::text) LIMIT %(size)s"""
@@ -351,9 +360,12 @@ class Migration:
         self._check_sees_all()
         kind = sql.SQL(self._columns[self.names.to].type.replace("%", "%%"))
         statement, last, seen, copied = self._compose(_COPY, type=kind), None, 0, 0
+        one = self._compose(_COPY_ONE, type=kind)
         while True:
             values = {"last": last, "size": size}
-            ((count, last, some),) = self._database.run(statement, values)
+            ((count, last, some, locked),) = self._database.run(statement, values)
+            for row_id in locked:  # each is waited for while no other one is locked
+                some += len(self._database.run(one, {"id": row_id}))
             seen, copied = seen + count, copied + some
             show(seen)
             if count < size:
@@ -388,9 +400,7 @@ class Migration:
 
     def _check_sees_all(self) -> None:
         """Raise UsageError if a policy hides rows from this role."""
-        values = {"table": postgres._quote_table(self._table)}
-        question = "SELECT row_security_active(to_regclass(%(table)s))"
-        if self._database.run(question, values)[0][0]:
+        if postgres._may_hide_rows(self._database, self._table):
             raise UsageError(
                 "row level security hides rows from this role, so what is missing cannot be "
                 f"counted: run this as the owner of {self._table}"

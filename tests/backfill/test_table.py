@@ -725,3 +725,16 @@ def test_updates_of_many_rows_go_through_while_a_table_is_kept_in_step(server: S
     thread.join(30)
     sink.close(complete=True)
     assert longest < 3 and not thread.is_alive() and run.meter.done > 200
+
+
+@pytest.mark.parametrize("attempts", ["-1e400", "1e400", "2.5", '"x"', "-7", "[]"])
+def test_attempts_that_are_no_count_do_not_keep_a_failure_out(
+    server: Server, attempts: str
+) -> None:
+    table = server.make(f"attempts_{abs(hash(attempts))}", 2)
+    server.do(f"""UPDATE {table} SET visual_clip_metadata = '{{"attempts": {attempts}}}'""")
+    selection = Selection(retries=8, has_url=True)
+    sink = PostgresSink(Database(server.uri), selection, table=table)
+    run = Run(sink, sink, Broken(), Options())
+    assert run.drive() == "done" and run.meter.failed == {"SOURCE_HTTP": 1}
+    sink.close(complete=True)

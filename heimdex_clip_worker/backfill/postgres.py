@@ -450,6 +450,11 @@ SELECT coalesce(t.{metadata}->>'space_id', ''), coalesce(t.{metadata}->>'model_v
     count(*)
 FROM {table} AS t
 WHERE t.{vector} IS NOT NULL GROUP BY 1, 2""",
+    "failed_earlier": """
+SELECT count(*), count(*) FILTER (WHERE t.{metadata}->'retryable' = 'true')
+FROM {table} AS t
+WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
+    AND coalesce(t.{metadata}->>'failed_at', '') COLLATE "C" < %(started)s""",
 }  # fmt: skip
 
 # %% ../../nbs/11b_postgres.ipynb #writing-statements
@@ -647,7 +652,7 @@ _RECENT = 10_000  # rows whose last result a process that goes on remembers
 _CHANGES = "its URL changes again and again; does a trigger change it at each update?"
 _UNDONE = (
     "what is written to the row does not stay: does a trigger, or another program, clear its "
-    "vector, or remove the keys of a failure from its metadata?"
+    "vector, or our keys in its metadata?"
 )
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 
@@ -718,6 +723,11 @@ class PostgresSink(Sink):
         if not self._is_lasting:
             self._say_indexes()
         page = next(source.pages(_SAMPLE), [])
+        if not page and source is self and _may_hide_rows(self.database, self.table):
+            self.database.say(
+                f"no row of {self.table} is to do, of those that this role sees: row level "
+                "security may hide others from it"
+            )
         rows = self.selected([row for row in map(self.fit, page) if row.id is not None])
         if not self._try(rows[:1]):
             return
@@ -845,6 +855,10 @@ class PostgresSink(Sink):
         rows = self.database.run(self._statements["spaces"])
         return {(space_id, version): count for space_id, version, count in rows}
 
+    def count_failed_earlier(self) -> tuple[int, int]:
+        """Count the failures from before this run, and those of them that a retry can help."""
+        return self.database.run(self._statements["failed_earlier"], vars(self.selection))[0]
+
     def plan_failures(self) -> int:
         """Plan an attempt, now, for all failures that may pass; return how many they are."""
         found = self.database.run(self._statements["to_plan"])
@@ -947,8 +961,8 @@ class PostgresSink(Sink):
             self._unwritable[row_id] = (time.monotonic() + pause, pause)
 
     def _remember(self, rows: list[Row]) -> None:
-        """Note which rows have a result, if the process goes on: the latest ones."""
-        for row in rows if self._is_lasting else ():
+        """Note the latest rows: should they come back, something has undone their results."""
+        for row in rows:
             known, count = self._recent.pop(row.id, (None, 0))
             self._recent[row.id] = (hash(row.source), count if known == hash(row.source) else 0)
         while len(self._recent) > _RECENT:
@@ -1051,7 +1065,8 @@ class PostgresSink(Sink):
             written |= {unclear[n] for n in self._find("written", rows, **values)}
             stuck |= {unclear[n] for n in self._find("stuck", rows, **values)} - written
             stuck |= {n for n in unclear if self._rests(results[n].row.id)}
-        self._remember([results[n].row for n in written])
+        some = [n for n in range(len(results)) if self._is_lasting or n not in written]
+        self._remember([results[n].row for n in some])
         failures = self._fail({n: results[n] for n in stuck}, refused)
         done = {n: results[n] for n in written} | failures
         self._forget([result.row for result in results])

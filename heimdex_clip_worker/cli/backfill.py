@@ -290,6 +290,10 @@ def _report_dry_run(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "none"
+
+
 def report(summary: dict[str, Any]) -> str:
     """Format a summary as text."""
     if summary["status"] == "dry-run":
@@ -310,6 +314,10 @@ def report(summary: dict[str, Any]) -> str:
         lines.append(f"shards     {shards['whole']:,} of {shards['total']:,} are whole")
     if summary["lost"]:
         lines.append(f"too late   {summary['lost']:,} (others had them, or their images changed)")
+    earlier = summary.get("failed_earlier", {"rows": 0})
+    if earlier["rows"]:
+        again = f"--retry-failed tries {_count(earlier['retryable'])} of them again"
+        lines.append(f"earlier    {earlier['rows']:,} failed before this run: {again}")
     for entry in summary.get("other_spaces", ()):
         space, version = (entry[name] or "unknown" for name in ("space_id", "model_version"))
         count = f"{entry['count']:,}"
@@ -431,6 +439,8 @@ def _embed_rows(
     if summary["status"] != "failed" and not args.follows:  # counting takes long in a large table
         space_id = run.space_id or sink.selection.space_id
         summary["other_spaces"] = backfill_run.other_spaces(sink, space_id, version)
+        rows, retryable = sink.count_failed_earlier()
+        summary["failed_earlier"] = {"rows": rows, "retryable": retryable}
     return summary
 
 

@@ -26,6 +26,7 @@ from ..backfill.supabase import Bucket
 from . import backfill_ray, console
 from ..client import ClipClient
 from ..database.audit import AuditTable, Faults
+from ..database.sync import _ColumnSpaces
 from ..errors import ClipInferenceError, SettingsError, redact_urls, without_query
 from ..settings import ClientSettings
 
@@ -432,9 +433,14 @@ def _embed_rows(
         total = min(todo, args.limit or todo)
         with console.needs("backfill", "A progress bar"):
             progress.begin(total)
-    options = _read_options(args, version)
+    options: dict[str, Any] = {"bucket": bucket, "say": say}
+    if args.follows:
+        spaces = _ColumnSpaces(sink, say)
+        spaces.check_id(sink.selection.space_id)
+        options["check"] = spaces.check
+    pace = _read_options(args, version)
     with follow(sink, say) as wake:
-        run = backfill_run.Run(source, sink, client, options, bucket=bucket, say=say, wake=wake)
+        run = backfill_run.Run(source, sink, client, pace, wake=wake, **options)
         summary = _drive(run, sink, progress, total)
     if summary["status"] != "failed" and not args.follows:  # counting takes long in a large table
         space_id = run.space_id or sink.selection.space_id

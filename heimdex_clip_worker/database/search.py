@@ -64,7 +64,8 @@ def _check_spaces(
 
 # %% ../../nbs/11g_search.ipynb #statements
 _FACTS = """
-SELECT n.nspname, e.extversion, greatest(c.reltuples, 0)
+SELECT n.nspname, e.extversion, greatest(c.reltuples, 0, (SELECT sum(l.reltuples)
+    FROM pg_partition_tree(c.oid) AS p JOIN pg_class AS l ON l.oid = p.relid WHERE p.isleaf))
 FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
     JOIN pg_type AS y ON y.oid = a.atttypid JOIN pg_namespace AS n ON n.oid = y.typnamespace,
     pg_extension AS e
@@ -289,11 +290,14 @@ class TableSearch:
 
     def check(self, query: RowSpace, trusting: bool = False) -> None:
         """Raise BackfillError unless the column's vectors can be compared with the query."""
+        _check_spaces(self._column, query, self.spaces(), trusting)
+
+    def spaces(self) -> dict[RowSpace, int]:
+        """Count the vectors of each space, of a large table in a sample of its rows."""
         with self._reading() as connection:
             # In the binary format, the server takes one statement and no second one.
             rows = connection.execute(self._statements["spaces"], {}, binary=True).fetchall()
-        counts = {RowSpace(*space): count for *space, count in rows}
-        _check_spaces(self._column, query, counts, trusting)
+        return {RowSpace(*space): count for *space, count in rows}
 
     def check_matches(self, query: RowSpace, matches: list[Match], trusting: bool = False) -> None:
         """Do as `check`, for the rows that were found."""

@@ -40,6 +40,7 @@ FILES = {
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
     "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
+    "sync": "database/sync.py",
     "blocks": "backfill/blocks.py", "shards": "backfill/shards.py",
     "ray": "ray.py", "backfill_ray": "cli/backfill_ray.py", "local": "remote/local.py",
     "endpoint": "remote/endpoint.py",
@@ -88,6 +89,7 @@ TESTS = {
     "local": ["tests/backfill/test_ray.py"],
     "postgres": ["tests/backfill/test_table.py"],
     "triggers": ["tests/backfill/test_table.py"],
+    "sync": ["tests/backfill/test_sync.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
     "process": [
@@ -407,6 +409,7 @@ TRIGGERS = [
     ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),
     ("another picture clears the vector", (r'\["changed"\]', "[]")),
 ]
+SYNC = [("a column gets vectors of its own space", NEVER)]
 ENDPOINT = [
     ("a response has a deadline", NEVER),
     ("a response has a size", NEVER),
@@ -498,6 +501,7 @@ GUARDS = [
         ("files", FILES_OF_ROWS),
         ("postgres", POSTGRES),
         ("triggers", TRIGGERS),
+        ("sync", SYNC),
         ("blocks", BLOCKS),
         ("shards", SHARDS),
         ("ray", RAY),

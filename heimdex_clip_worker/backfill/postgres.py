@@ -5,6 +5,7 @@
 # %% ../../nbs/11b_postgres.ipynb #imports
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -186,6 +187,23 @@ def _quote(*parts: str) -> Any:
     from psycopg import sql
 
     return sql.SQL(sql.Identifier(*parts).as_string(None).replace("%", "%%"))
+
+
+_LONGEST_NAME = 63  # bytes, in PostgreSQL
+
+
+def _short_name(
+    name: str,
+    *,
+    of: str = "",  # what else the name must be unique for: then it always has a hash
+    most: int = _LONGEST_NAME,  # bytes
+    digits: int = 8,  # of the hash
+) -> str:
+    """Shorten a name so that PostgreSQL does not cut it, and two stay two."""
+    if not of and len(name.encode()) <= most:
+        return name
+    start = name.encode()[: most - digits - 1].decode(errors="ignore")
+    return f"{start}_{hashlib.sha256((of or name).encode()).hexdigest()[:digits]}"
 
 # %% ../../nbs/11b_postgres.ipynb #columns
 _COLUMNS = """

@@ -5,7 +5,6 @@
 # %% ../../nbs/11i_migrate.ipynb #imports
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ from .search import Match, RowSpace, TableSearch
 __all__ = ['Migration']
 
 # %% ../../nbs/11i_migrate.ipynb #names
-_LONGEST_NAME = 63  # bytes, in PostgreSQL
-
-
 @dataclass(frozen=True)
 class _Names:
     """The columns of a move."""
@@ -53,14 +49,6 @@ class _Names:
             raise UsageError(f"{names} are left of an earlier move: drop them, or name its --to")
         return "added" if all(new) else "absent"
 
-
-def _short(name: str) -> str:
-    """Shorten a name so that PostgreSQL does not cut it, and two stay two."""
-    if len(name.encode()) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name.encode()[: _LONGEST_NAME - 9].decode(errors="ignore") + "_" + digest
-
 # %% ../../nbs/11i_migrate.ipynb #trigger
 _FUNCTION = """
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body}"""
@@ -82,10 +70,10 @@ def _trigger(
     from psycopg import sql
 
     *schema, last = postgres._parse_table_name(table)
-    name = _short(f"clip_move_{last}_{names.to}")
+    name = postgres._short_name(f"clip_move_{last}_{names.to}")
     parts = {
         "function": sql.Identifier(*schema, name), "table": sql.Identifier(*schema, last),
-        "trigger": sql.Identifier(_short(f"zz_{name}")),  # behind the user's own
+        "trigger": sql.Identifier(postgres._short_name(f"zz_{name}")),  # behind the user's own
     }  # fmt: skip
     for part in ("old", "new"):
         cells = [sql.SQL(f"{part.upper()}.{{}}").format(sql.Identifier(c)) for c in watched]
@@ -243,7 +231,7 @@ class Migration:
         if len({vector_column, metadata_column, to, to_metadata}) < 4:
             raise UsageError("--to and --to-metadata must be new columns, and two of them")
         for name in [*self.names.kept(), to, to_metadata]:
-            if len(name.encode()) > _LONGEST_NAME:
+            if len(name.encode()) > postgres._LONGEST_NAME:
                 raise UsageError(f"a column cannot be called {name!r}: it is too long")
         self._columns = postgres._read_columns(database, table)
         self._url = url_column
@@ -431,7 +419,7 @@ class Migration:
     def _look(self, text: str, **values: Any) -> list[tuple[Any, ...]]:
         """Look into the catalogue."""
         *_, last = postgres._parse_table_name(self._table)
-        values |= {"own": _short(f"clip_move_{last}_{self.names.to}")}
+        values |= {"own": postgres._short_name(f"clip_move_{last}_{self.names.to}")}
         return self._database.run(text, values | {"table": postgres._quote_table(self._table)})
 
     def _attached(self) -> list[str]:
@@ -536,7 +524,7 @@ class Migration:
         names = self.names
         gone = names.kept() if self.stage == "swapped" else (names.to, names.to_metadata)
         *schema, last = postgres._parse_table_name(self._table)
-        name = _short(f"clip_move_{last}_{names.to}")
+        name = postgres._short_name(f"clip_move_{last}_{names.to}")
         from psycopg import sql
 
         text = "DROP FUNCTION IF EXISTS {} CASCADE; ALTER TABLE {} DROP COLUMN {}, DROP COLUMN {};"

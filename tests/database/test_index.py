@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +267,56 @@ def test_an_index_in_work_is_not_replaced(server) -> None:
 def test_another_index_of_that_name_is_named(server) -> None:
     column = server.table("named")
     build_index(server.database, IndexPlan.choose(column, "it"), workers=0)
-    with pytest.raises(BackfillError, match="another index named it: give --name"):
+    with pytest.raises(BackfillError, match="another index named it .*: give --name"):
         build_index(server.database, IndexPlan.choose(column, "it", method="ivfflat"), workers=0)
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"m": 32}, "m 8, not 32"), ({"ef_construction": 99}, "ef_construction 64, not 99"),
+    ({"where": "id <> '2'"}, "no condition, not WHERE .id <> '2'::text"),
+    ({"distance": "l2"}, "hnsw vector_cosine_ops, not hnsw vector_l2_ops"),
+])  # fmt: skip
+def test_an_index_with_other_parameters_or_another_condition_is_not_taken_for_the_one(
+    server, options: dict[str, Any], problem: str
+) -> None:
+    column = server.table("otherwise")
+    build_index(server.database, IndexPlan.choose(column, "like_it", m=8, ef_construction=64))
+    with pytest.raises(BackfillError, match=f"another index named like_it .{problem}.*give --name"):
+        build_index(server.database, IndexPlan.choose(column, "like_it", **options))
+    again = build_index(server.database, IndexPlan.choose(column))  # whatever its parameters are
+    assert (again["status"], again["index"]) == ("exists", "like_it")
+    second = build_index(server.database, IndexPlan.choose(column, "second", **options))
+    assert (second["status"], second["index"]) == ("built", "second")
+    assert sorted(names(server, column)) == ["like_it", "second"]
+
+
+@pytest.mark.parametrize("where", ["id <> '2'", "NOT (id)::text = '2'", "partly.id<>'2'"])
+def test_a_condition_is_compared_as_the_server_writes_it(server, where: str) -> None:
+    column = server.table("partly")
+    plan = IndexPlan.choose(column, "part_of_it", where="(id <> '2')")
+    assert build_index(server.database, plan)["status"] == "built"
+    other = IndexPlan.choose(column, "other", where=where)
+    is_same = not where.startswith("NOT")
+    assert build_index(server.database, other)["status"] == ("exists" if is_same else "built")
+    with pytest.raises(BackfillError, match="WHERE .id <> '2'::text., not WHERE .id <> '3'::text"):
+        build_index(server.database, replace(plan, where="id <> '3'"))
+    with pytest.raises(BackfillError, match="and none was asked for"):
+        build_index(server.database, replace(plan, where=""))
+
+
+def test_a_partitioned_table_gets_a_second_index_with_other_parameters(server) -> None:
+    server.do("DROP TABLE IF EXISTS twice",
+              "CREATE TABLE twice (id int, v extensions.vector(64)) PARTITION BY RANGE (id)",
+              "CREATE TABLE twice_1 PARTITION OF twice FOR VALUES FROM (0) TO (9999)",
+              f"INSERT INTO twice SELECT 1, {COLUMN} FROM video_scenes LIMIT 100")  # fmt: skip
+    column = VectorColumn.read(server.database, "twice", "v")
+    build_index(server.database, IndexPlan.choose(column), workers=0)
+    with pytest.raises(BackfillError, match="m 16, not 8"):
+        build_index(server.database, IndexPlan.choose(column, m=8), workers=0)
+    for status in ("built", "exists"):
+        done = build_index(server.database, IndexPlan.choose(column, "thin", m=8), workers=0)
+        assert (done["status"], done["index"]) == (status, "thin")
+    assert len(names(server, column)) == 4
 
 
 def test_a_build_without_shared_memory_is_repeated_alone(server, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from ..backfill import postgres
 from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
+from .functions import Function, _mark, _with_values
 
 # %% auto #0
 __all__ = ['RowSpace', 'Match', 'TableSearch']
@@ -133,68 +134,24 @@ def _table(name: str) -> Any:
     return postgres._quote(*postgres._parse_table_name(name))
 
 # %% ../../nbs/11g_search.ipynb #function
-_ARGUMENTS = """
-SELECT p.oid::regprocedure::text, a.name, a.type::regtype::text
-FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace, LATERAL unnest(
-    p.proargnames, coalesce(p.proallargtypes, p.proargtypes::oid[]), p.proargmodes)
-    WITH ORDINALITY AS a (name, type, mode, position)
-WHERE p.proname = %(name)s AND coalesce(a.mode, 'i') IN ('i', 'b', 'v') AND CASE
-    WHEN %(schema)s::text IS NULL THEN pg_function_is_visible(p.oid)
-    ELSE n.nspname = %(schema)s END
-ORDER BY p.oid, a.position"""
-
-
 def _call(
     connection: Any,
     function: str,  # "match_scenes" or "app.match_scenes"
     arguments: Mapping[str, str],  # name -> value
     vector_argument: str = "",  # "": the one whose type is a vector
-) -> tuple[Any, dict[str, str]]:  # a statement with %(query)s, %(top)s and values for the others
+) -> tuple[str, dict[str, str]]:  # a statement with %(query)s, %(top)s and values for the others
     """Compose the call of a function; raise UsageError."""
     from psycopg import sql
 
-    *schema, name = postgres._parse_table_name(function)
-    values = {"name": name, "schema": schema[-1] if schema else None}
-    signatures: dict[str, dict[str, str]] = {}
-    for signature, argument, kind in connection.execute(_ARGUMENTS, values):
-        signatures.setdefault(signature, {})[argument] = kind
-    vector, types = _choose(function, signatures, arguments, vector_argument)
-    given = {vector: "query"} | {name: f"a{n}" for n, name in enumerate(arguments)}
-    listed = sql.SQL(", ").join(
-        sql.SQL("{} => %({})s::{}").format(
-            postgres._quote(name), sql.SQL(key), sql.SQL(types[name].replace("%", "%%"))
-        )
-        for name, key in given.items()
-    )
-    call = sql.SQL("SELECT to_jsonb(f) FROM {}({}) AS f LIMIT %(top)s")
-    statement = call.format(postgres._quote(*schema, name), listed)
-    return statement, {key: arguments[name] for name, key in given.items() if name != vector}
+    def run(statement: str, values: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return connection.execute(statement, values).fetchall()
 
-# %% ../../nbs/11g_search.ipynb #choose
-def _choose(
-    function: str,
-    signatures: Mapping[str, Mapping[str, str]],  # -> name of argument -> type
-    arguments: Mapping[str, str],
-    vector_argument: str,
-) -> tuple[str, Mapping[str, str]]:  # the vector's argument, and the types of all
-    """Choose the one function that has all these arguments; raise UsageError."""
-    if not signatures:
-        raise UsageError(f"the database has no function {function} with named arguments")
-    wanted = {*arguments, vector_argument} - {""}
-    fitting = {s: types for s, types in signatures.items() if wanted <= types.keys()}
-    if len(fitting) != 1:
-        known = "; ".join(f"{s}: {', '.join(types)}" for s, types in signatures.items())
-        how_many = "no" if not fitting else "more than one"
-        raise UsageError(
-            f"{how_many} function {function} has the arguments {', '.join(sorted(wanted)) or '-'} "
-            f"(--argument NAME=VALUE): {known}"
-        )
-    ((signature, types),) = fitting.items()
-    bases = {name: kind.rpartition(".")[2] for name, kind in types.items()}
-    vectors = [n for n, kind in bases.items() if kind in ("vector", "halfvec")]
-    if not vector_argument and len(vectors) != 1:
-        raise UsageError(f"which argument of {signature} is the query? Name a --vector-argument")
-    return vector_argument or vectors[0], types
+    called = Function.read(run, function, arguments, vector_argument)
+    keys = {name: f"a{n}" for n, name in enumerate(arguments)}
+    cells = {name: _mark(key) for name, key in ({called.query: "query"} | keys).items()}
+    statement = sql.SQL("SELECT to_jsonb(f) FROM {} AS f LIMIT {}")
+    values = {key: arguments[name] for name, key in keys.items()}
+    return _with_values(statement.format(called.call(cells), _mark("top"))), values
 
 # %% ../../nbs/11g_search.ipynb #match
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from heimdex_clip_worker.cli import index as command
 from heimdex_clip_worker.cli.console import CommandError, Status
 from heimdex_clip_worker.database import index, recall
 from heimdex_clip_worker.database.index import IndexPlan, VectorColumn, build_index
-from heimdex_clip_worker.database.recall import Function, Search, measure
+from heimdex_clip_worker.database.recall import Search, _Call, measure
+from heimdex_clip_worker.database.search import TableSearch
 
 pytestmark = pytest.mark.postgres
 SMALL, JOIN = index_goals.SMALL, index_goals.JOIN
@@ -110,7 +111,7 @@ def test_a_planted_owner_is_found_wanting_and_what_is_recommended_is_enough(serv
 
 
 def test_the_function_of_the_application_is_mended_by_its_owner(server) -> None:
-    call = Function.read(server.database, "search_scenes", "v.owner_id")
+    call = _Call.read(server.database, "search_scenes", "v.owner_id")
     report = check(server, by_owner(server, call=call))
     server.do(*report["sql"])  # on a new connection, by a role that is no superuser
     mended = check(server, by_owner(server, call=call))
@@ -121,7 +122,7 @@ def test_settings_of_a_function_that_hide_those_of_the_session_are_named(server)
     server.do("ALTER FUNCTION search_scenes RESET ALL", "SELECT '[1]'::extensions.vector",
               "ALTER FUNCTION search_scenes SET hnsw.ef_search = 10",
               "ALTER FUNCTION search_scenes SET hnsw.iterative_scan = off")  # fmt: skip
-    call = Function.read(server.database, "search_scenes", "v.owner_id")
+    call = _Call.read(server.database, "search_scenes", "v.owner_id")
     report = check(server, by_owner(server, call=call), sample=4)
     server.do("ALTER FUNCTION search_scenes RESET ALL")
     assert "sets hnsw.ef_search=10, hnsw.iterative_scan=off itself" in report["sql"][0]
@@ -146,7 +147,7 @@ def test_a_measurement_writes_nothing(server) -> None:
         LANGUAGE plpgsql AS $$ BEGIN
         DELETE FROM video_scenes; RETURN QUERY SELECT v.id FROM video_scenes AS v LIMIT k;
         END $$""")
-    call = Function.read(server.database, "counted")
+    call = _Call.read(server.database, "counted")
     with pytest.raises(BackfillError, match="read-only transaction"):
         check(server, Search(server.column, call=call), values=())
     assert server.admin.execute("SELECT count(*) FROM video_scenes").fetchone() == (5000,)
@@ -494,11 +495,28 @@ def test_texts_of_another_space_are_not_measured(server, capsys, monkeypatch, tm
 def test_arguments_of_a_function_are_recognized(server) -> None:
     server.do("""CREATE FUNCTION mine(threshold float, k int, q extensions.vector, p_owner_id uuid)
         RETURNS TABLE (id uuid) LANGUAGE sql AS 'SELECT NULL::uuid'""")
-    call = Function.read(server.database, "mine", "v.owner_id", {"threshold": "0"})
+    call = _Call.read(server.database, "mine", "v.owner_id", {"threshold": "0"})
     assert call.roles == {"threshold": "given", "k": "k", "q": "query", "p_owner_id": "value"}
     assert call.needs_value
     with pytest.raises(UsageError, match="give --argument threshold=VALUE"):
-        Function.read(server.database, "mine", "v.owner_id")
+        _Call.read(server.database, "mine", "v.owner_id")
+
+
+def test_a_check_and_a_search_mean_the_same_function(server) -> None:
+    server.do("DROP FUNCTION IF EXISTS twin, twin(extensions.vector, int)", *(
+        f"""CREATE FUNCTION twin({arguments}) RETURNS TABLE (id uuid) LANGUAGE sql
+        AS 'SELECT NULL::uuid'""" for arguments in (
+            "q extensions.vector, avoid extensions.vector DEFAULT NULL",
+            "q extensions.vector, k int, mood text",
+        )
+    ))  # fmt: skip
+    search = TableSearch(server.database)
+    for given, count in (({}, 1), ({"mood": "calm", "k": "5"}, 3)):
+        search.check_function("twin", given)
+        call = _Call.read(server.database, "twin", given=given)
+        assert call.roles["q"] == "query" and len(call.roles) == count
+    with pytest.raises(UsageError, match="no value is known for its argument 'k'"):
+        search.check_function("twin", {"mood": "calm"})
 
 
 def test_a_picture_needs_a_known_format(server, tmp_path, capsys) -> None:

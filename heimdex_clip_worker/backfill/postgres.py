@@ -1123,9 +1123,10 @@ class PostgresSink(Sink):
         """Write results; return which are written, which were undone, and why some are refused."""
         rows, values = [result.row for result in results], self._values(results)
         indices, refused = self._find_in_turn("finish", "held_here", rows, **values)
-        some = [rows[n] for n in indices]
+        some, cells = [rows[n] for n in indices], _cells(values, indices)
+        cells["vectors"] = [text and "" for text in cells["vectors"]]  # whether there is one
         # guard: what is counted as written is there
-        undone = {indices[k] for k in self._find("undone", some, **_cells(values, indices))}
+        undone = {indices[k] for k in self._find("undone", some, **cells)}
         refused |= dict.fromkeys(undone, _UNDONE)
         return set(indices) - undone, undone, refused
 

@@ -518,3 +518,20 @@ def test_no_statement_of_a_user_is_the_victim_of_a_deadlock_with_a_copy(table: T
             user.execute(update, [row_id])
     thread.join(30)
     assert copied == [ROWS] and move.counts().missing == 0
+
+
+def test_a_comparison_of_long_ids_fits_a_terminal(
+    table: Table, capsys: pytest.CaptureFixture[str]
+) -> None:
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["compare", "--to", "half", "--database", table.uri_of("app"), "--samples", "3"]
+    args = parser.parse_args(words)
+    args.rest = []
+    assert command.run(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) == 1 + 3 * 6 + 1
+    assert sum(line.count("= ") for line in lines) >= 20

@@ -242,10 +242,10 @@ def _read_columns(database: Database, table: str) -> dict[str, _Column]:
     return {column: _Column(*facts) for column, _, *facts in columns}
 
 
-def _may_hide_rows(database: Database, table: str) -> bool:
-    """True if row level security may hide rows of a table from this role."""
+def _may_hide_rows(run: Callable[..., list[tuple[Any, ...]]], table: str) -> bool:
+    """True if row level security may hide rows of a table from the role that `run` has."""
     question = "SELECT row_security_active(to_regclass(%(table)s))"
-    return database.run(question, {"table": _quote_table(table)})[0][0]
+    return run(question, {"table": _quote_table(table)})[0][0]
 
 
 def _check_columns(
@@ -741,7 +741,7 @@ class PostgresSink(Sink):
         if not self._is_lasting:
             self._say_indexes()
         page = next(source.pages(_SAMPLE), [])
-        if not page and source is self and _may_hide_rows(self.database, self.table):
+        if not page and source is self and _may_hide_rows(self.database.run, self.table):
             self.database.say(
                 f"no row of {self.table} is to do, of those that this role sees: row level "
                 "security may hide others from it"

@@ -388,7 +388,7 @@ class Migration:
 
     def _check_sees_all(self) -> None:
         """Raise UsageError if a policy hides rows from this role."""
-        if postgres._may_hide_rows(self._database, self._table):
+        if postgres._may_hide_rows(self._database.run, self._table):
             raise UsageError(
                 "row level security hides rows from this role, so what is missing cannot be "
                 f"counted: run this as the owner of {self._table}"

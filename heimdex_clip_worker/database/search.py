@@ -202,6 +202,7 @@ class TableSearch:
         user_sql = {"join": join, "filter": condition or "true"}
         self._statements = _compose(names, columns, (schema, count), table, user_sql, show)
         self._database, self._column, self._show = database, vector_column, list(show)
+        self._table = table
         self._id_column, self._exact, self._version = id_column, exact, version
         self._own_settings = dict(settings or {})
 
@@ -280,6 +281,12 @@ class TableSearch:
         with self._reading() as connection:
             connection.execute("SET LOCAL statement_timeout = '5s'")
             return connection.execute(self._statements["waiting"], {"most": most}).fetchone()[0]
+
+    def may_hide_rows(self) -> bool:
+        """True if row level security may hide rows of the table from this role."""
+        with self._reading() as connection:
+            run = lambda *words: connection.execute(*words).fetchall()  # noqa: E731
+            return postgres._may_hide_rows(run, self._table)
 
     def by_function(
         self,

@@ -85,7 +85,7 @@ def read_status(sink: PostgresSink) -> dict[str, Any]:
         "table": sink.quoted_table, "rows": rows, "with_vector": done, "to_do": to_do,
         "in_work": leases, "failed": failures, "without_url": without_url,
         "earlier_errors": earlier, "oldest": oldest[0] if oldest else None, "undated": undated,
-        "may_hide_rows": _may_hide_rows(sink.database, sink.table), "spaces": spaces,
+        "may_hide_rows": _may_hide_rows(sink.database.run, sink.table), "spaces": spaces,
         "has_times": bool(triggers.time_column) or bool(read(_INSTALLED)[0][0]),
         "has_triggers": bool(read(_INSTALLED)[0][0]),
     }  # fmt: skip

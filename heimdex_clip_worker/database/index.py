@@ -449,6 +449,7 @@ def _differences(index: _Index, plan: IndexPlan, where: str) -> list[str]:
 def _check_same(index: _Index, plan: IndexPlan, where: str) -> None:
     """Raise BackfillError if a valid index has the name of a plan, and is another one."""
     differences = _differences(index, plan, where)
+    # guard: another index is not taken for the one
     if index.is_valid and differences:
         name = _identifier(index.schema, index.name).as_string(None)
         raise BackfillError(

@@ -17,6 +17,7 @@ __all__ = ['read_status']
 _WAITING = """t.{vector} IS NULL AND ({is_selected} OR {seconds_held} > 0)"""
 # Text that is no time is no error: each part is checked, and a 31st of June is the 1st of July.
 _TIME_PATTERN = (
+    # guard: text that is no time fails nothing
     "^(?!0000)[0-9]{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
     "T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{{1,9}})?Z$"
 )

@@ -40,7 +40,7 @@ FILES = {
     "weights": "model/weights.py",
     "rows": "backfill/rows.py", "files": "backfill/files.py",
     "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
-    "sync": "database/sync.py",
+    "sync": "database/sync.py", "status": "database/status.py",
     "blocks": "backfill/blocks.py", "shards": "backfill/shards.py",
     "ray": "ray.py", "backfill_ray": "cli/backfill_ray.py", "local": "remote/local.py",
     "endpoint": "remote/endpoint.py",
@@ -90,6 +90,7 @@ TESTS = {
     "postgres": ["tests/backfill/test_table.py"],
     "triggers": ["tests/backfill/test_table.py"],
     "sync": ["tests/backfill/test_sync.py"],
+    "status": ["tests/database/test_status.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
     "process": [
@@ -409,6 +410,9 @@ TRIGGERS = [
     ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),
     ("another picture clears the vector", (r'\["changed"\]', "[]")),
 ]
+STATUS = [
+    ("text that is no time fails nothing", (r'".*"', '"^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}"')),
+]
 SYNC = [("a column gets vectors of its own space", NEVER)]
 ENDPOINT = [
     ("a response has a deadline", NEVER),
@@ -462,6 +466,7 @@ MIGRATE_COMMAND = [
 ]
 INDEX = [
     ("an index that is valid stays", (r" and not index.is_valid", "")),
+    ("another index is not taken for the one", NEVER),
     ("no index is dropped that another process may be building", NEVER),
 ]
 INDEX_COMMAND = [("a filter changes nothing", SKIP)]
@@ -502,6 +507,7 @@ GUARDS = [
         ("postgres", POSTGRES),
         ("triggers", TRIGGERS),
         ("sync", SYNC),
+        ("status", STATUS),
         ("blocks", BLOCKS),
         ("shards", SHARDS),
         ("ray", RAY),

@@ -838,10 +838,11 @@ class PostgresSink(Sink):
     def _find_in_turn(
         self, statement: str, left: str, rows: list[Row], **values: Any
     ) -> tuple[list[int], dict[int, str]]:
-        """Do as `_find_each`; wait for each locked row of `left` alone.
+        """Do as `_find_each`; wait for each locked row of `left` alone, up to the lock_timeout.
 
         So no row is locked here while another one is waited for, and no transaction of the
         table's users, in whatever order it locks rows, ends in a deadlock with this process.
+        If one of them does not end, what is left is refused as `_LOCKED`.
         """
         # guard: no row is waited for while another is locked
         indices, refused = self._find_each(statement, rows, **values)
@@ -853,7 +854,14 @@ class PostgresSink(Sink):
                 break
             first, *others = [rest[k] for k in found]
             for how, part in ((f"{statement}_waiting", [first]), (statement, others)):
-                some, more = self._find_each(how, [rows[n] for n in part], **_cells(values, part))
+                cells = _cells(values, part) | {"once": how != statement}
+                try:
+                    some, more = self._find_each(how, [rows[n] for n in part], **cells)
+                except _Refusal as error:  # guard: one locked row does not hold up all others
+                    if error.code != _IS_LOCKED:
+                        raise
+                    self.database.say(f"row {rows[first].id}: {_LOCKED}; it is left for later")
+                    return indices, refused | dict.fromkeys([first, *others], _LOCKED)
                 indices += [part[k] for k in some]
                 refused |= {part[k]: reason for k, reason in more.items()}
             done |= {first, *indices, *refused}
@@ -1083,6 +1091,7 @@ class PostgresSink(Sink):
             written |= {unclear[n] for n in self._find("written", rows, **values)}
             stuck |= {unclear[n] for n in self._find("stuck", rows, **values)} - written
             stuck |= {n for n in unclear if self._rests(results[n].row.id)}
+            stuck -= {n for n in unclear if refused.get(n) == _LOCKED}  # lost, until it is free
         some = [n for n in range(len(results)) if self._is_lasting or n not in written]
         self._remember([results[n].row for n in some])
         failures = self._fail({n: results[n] for n in stuck}, refused)

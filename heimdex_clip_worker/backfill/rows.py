@@ -222,6 +222,10 @@ class Sink:
         """Count the vectors of each space_id and model version."""
         raise NotImplementedError
 
+    def count_failed_earlier(self) -> tuple[int, int]:
+        """Count the failures from before this run, and those of them that a retry can help."""
+        return 0, 0
+
     def hurry(self) -> None:
         """Wait for nothing long any more, because the process is to end."""
 

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -283,9 +283,10 @@ class Run:
         bucket: Bucket | None = None,  # None: rows have URLs
         say: Callable[[str], None] = lambda line: None,  # receives messages for the user
         wake: threading.Event | None = None,  # set when there may be new rows
+        check: Callable[[Mapping[str, Any]], None] = lambda facts: None,  # of the first vector
     ):
         self._sink, self._client, self._options = sink, client, options
-        self._bucket, self._say, self._said_at = bucket, say, -math.inf
+        self._bucket, self._say, self._said_at, self._check = bucket, say, -math.inf, check
         self.meter = Meter(options)
         self.stop_reason = ""  # why no more jobs are sent
         self.space_id = ""  # of all vectors so far; "": there is none yet
@@ -481,6 +482,8 @@ class Run:
         """Raise BackfillError if a vector belongs to another space than the first vector."""
         for result in results:
             space_id = result.facts.get("space_id", self.space_id)
+            if space_id and not self.space_id:
+                self._check(result.facts)  # it may know what is in the table already
             if self.space_id and space_id != self.space_id:
                 message = f"vectors of space {space_id} come after those of {self.space_id}"
                 raise BackfillError(f"{message}: finish the deployment, then run this again")

@@ -26,6 +26,7 @@ from ..backfill.supabase import Bucket
 from . import backfill_ray, console
 from ..client import ClipClient
 from ..database.audit import AuditTable, Faults
+from ..database.sync import _ColumnSpaces
 from ..errors import ClipInferenceError, SettingsError, redact_urls, without_query
 from ..settings import ClientSettings
 
@@ -290,6 +291,10 @@ def _report_dry_run(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "none"
+
+
 def report(summary: dict[str, Any]) -> str:
     """Format a summary as text."""
     if summary["status"] == "dry-run":
@@ -310,6 +315,10 @@ def report(summary: dict[str, Any]) -> str:
         lines.append(f"shards     {shards['whole']:,} of {shards['total']:,} are whole")
     if summary["lost"]:
         lines.append(f"too late   {summary['lost']:,} (others had them, or their images changed)")
+    earlier = summary.get("failed_earlier", {"rows": 0})
+    if earlier["rows"]:
+        again = f"--retry-failed tries {_count(earlier['retryable'])} of them again"
+        lines.append(f"earlier    {earlier['rows']:,} failed before this run: {again}")
     for entry in summary.get("other_spaces", ()):
         space, version = (entry[name] or "unknown" for name in ("space_id", "model_version"))
         count = f"{entry['count']:,}"
@@ -424,13 +433,20 @@ def _embed_rows(
         total = min(todo, args.limit or todo)
         with console.needs("backfill", "A progress bar"):
             progress.begin(total)
-    options = _read_options(args, version)
+    options: dict[str, Any] = {"bucket": bucket, "say": say}
+    if args.follows:
+        spaces = _ColumnSpaces(sink, say)
+        spaces.check_id(sink.selection.space_id)
+        options["check"] = spaces.check
+    pace = _read_options(args, version)
     with follow(sink, say) as wake:
-        run = backfill_run.Run(source, sink, client, options, bucket=bucket, say=say, wake=wake)
+        run = backfill_run.Run(source, sink, client, pace, wake=wake, **options)
         summary = _drive(run, sink, progress, total)
     if summary["status"] != "failed" and not args.follows:  # counting takes long in a large table
         space_id = run.space_id or sink.selection.space_id
         summary["other_spaces"] = backfill_run.other_spaces(sink, space_id, version)
+        rows, retryable = sink.count_failed_earlier()
+        summary["failed_earlier"] = {"rows": rows, "retryable": retryable}
     return summary
 
 

@@ -97,6 +97,13 @@ def _is_stale(entry: Mapping[str, Any], known: tuple[str, str]) -> bool:
     return bool(entry["done"]) and (entry["space_id"], entry["model_version"]) != known
 
 
+def _failed_earlier(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the failures in parts that a run has not made, and those that a retry can help."""
+    counts = [(sum(entry["failed"].values()), entry["retryable"]) for entry in entries]
+    rows, retryable = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
+    return {"rows": rows, "retryable": retryable}
+
+
 def _other_spaces(entries: Iterable[Mapping[str, Any]], known: tuple[str, str]) -> list[Any]:
     """Count the vectors of other spaces or versions."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -161,17 +168,19 @@ def backfill(args: argparse.Namespace, dims: Mapping[str, int]) -> dict[str, Any
         progress.close()
     with errors_of(f"{folder.name} cannot be read"):
         before, entries = entries, folder.entries() if todo else entries
+    left = dict(entries)  # what this run has not made
     for shard, mode in todo:
         entry = entries.get(shard.key)
         if entry and entry != before.get(shard.key):
-            tally.add(entry, before[shard.key]["done"] if mode == "retry" else 0)
+            tally.add(left.pop(shard.key), before[shard.key]["done"] if mode == "retry" else 0)
     whole = sum(shard.key in entries for shard in shards)
     if status["status"] == "done" and whole < len(shards):  # guard: done means that all are whole
         problem = f"{len(shards) - whole:,} shards are not whole: another run works on them, or"
         status = {"status": "failed", "error": f"{problem} took them back. Start this again"}
     counts = {"shards": {"whole": whole, "total": len(shards)}}
+    earlier = _failed_earlier(left.values())
     stale = _other_spaces(entries.values(), (space_id or _space_of(entries), known[1]))
-    return {**status, **tally.summary(), **counts, "other_spaces": stale}
+    return {**status, **tally.summary(), **counts, "other_spaces": stale, "failed_earlier": earlier}
 
 
 def _settle_space(

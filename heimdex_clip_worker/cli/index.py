@@ -21,7 +21,7 @@ from . import console
 from .console import CommandError, Status, needs, say, table
 from .embed import Input, add_backend, results
 from ..database.index import IndexPlan, VectorColumn, build_index
-from ..database.recall import Function, Search, measure
+from ..database.recall import Search, _Call, measure
 from ..errors import ClipInferenceError, SettingsError, StartError
 from ..settings import CLIENT_VARIABLES, in_environ
 
@@ -267,7 +267,7 @@ def _open_search(args: argparse.Namespace, database: Database, column: VectorCol
         search = replace(search, filter_type=type_)
     if args.function:
         given = dict(args.argument)
-        call = Function.read(database, args.function, search.filter, given)
+        call = _Call.read(database, args.function, search.filter, given)
         search = replace(search, call=call)
     return search
 

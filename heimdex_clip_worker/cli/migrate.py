@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from ..backfill.postgres import Database
@@ -142,6 +143,28 @@ def _fill(move: Migration, args: argparse.Namespace, conninfo: str) -> int:
     return backfill.run(parser.parse_args([*words, *["--json"] * args.json, *args.rest]))
 
 # %% ../../nbs/13q_migrate.ipynb #compare
+_SHOWN, _WIDEST = 5, 40  # matches of a row, and characters of an id
+
+
+def _side_by_side(rows: list[dict[str, Any]]) -> str:
+    """Lay out the nearest rows in both columns, each pair on a line; `=` marks what both have."""
+    cells = []
+    for row in rows:
+        cells.append([f"{row['overlap']:.0%}", f"like {_short_id(row['id'])}", ""])
+        both = {*row["old"]} & {*row["new"]}
+        for pair in zip_longest(row["old"][:_SHOWN], row["new"][:_SHOWN]):
+            ids = ["" if i is None else f"{'=' if i in both else ' '} {_short_id(i)}" for i in pair]
+            cells.append(["", *ids])
+    return table(["overlap", "nearest in old", "nearest in new"], cells, right=[0])
+
+
+def _short_id(row_id: int | str) -> str:
+    """Shorten an id in its middle."""
+    text = str(row_id)
+    half = (_WIDEST - 1) // 2
+    return text if len(text) <= _WIDEST else f"{text[:half]}…{text[-half:]}"
+
+
 def _compare(move: Migration, args: argparse.Namespace) -> int:
     """Print how far both columns agree."""
     overlaps = move.compare(args.samples, args.top, args.exact)
@@ -156,9 +179,7 @@ def _compare(move: Migration, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"top": args.top, "overlap": round(mean, 4), "rows": rows}))
         return Status.DONE
-    cells = [[f"{row['overlap']:.0%}", row["id"], *(" ".join(map(str, row[side][:5])) for side in
-             ("old", "new"))] for row in rows]  # fmt: skip
-    print(table(["overlap", "like row", "old", "new"], cells, right=[0]))
+    print(_side_by_side(rows))
     print(f"{mean:.1%} of the {args.top} nearest are the same, over {len(rows)} rows")
     return Status.DONE
 

@@ -289,6 +289,8 @@ def _search(
     matches = [m for m in matches if own is None or m.id != own.id][: args.top]
     if not matches:
         say(f"No row of {args.table} matches{_waiting(table_search)}")
+        if table_search.may_hide_rows():
+            say("Row level security may hide rows from this role", "INFO")
         return Status.FAILED
     _show(matches, args)
     if args.html:

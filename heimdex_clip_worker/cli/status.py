@@ -48,6 +48,8 @@ def _report(status: dict[str, Any]) -> str:
         lines.append(console.printable(f"{name:<12} {text}"))
 
     add("table", f"{status['table']}, {status['rows']:,} rows")
+    if status["may_hide_rows"]:
+        add("", "row level security may hide more rows from this role: ask as the table's owner")
     add("with vector", status["with_vector"])
     for space in status["spaces"]:
         names = (space["model"], space["pretrained"], space["model_version"])
@@ -67,6 +69,8 @@ def _report(status: dict[str, Any]) -> str:
         add("oldest", f"row {oldest['id']} has waited for {oldest['seconds']:,.0f} s")
     elif not status["has_times"]:
         add("oldest", "unknown: no created_at column, and no triggers (sync --install)")
+    if status["undated"] and status["has_times"]:
+        add("undated", f"{status['undated']:,} rows wait, and no time says since when")
     if not status["has_triggers"]:
         add("triggers", "none: a changed image keeps its old vector (sync --install)")
     return "\n".join(lines)

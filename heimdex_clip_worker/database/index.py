@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..backfill.postgres import Database, _quote_table
+from ..backfill.postgres import Database, _quote_table, _short_name
 from ..backfill.rows import BackfillError, UsageError
 from ..errors import redact_urls
 
@@ -144,6 +145,7 @@ class IndexPlan:
     half: bool = False  # an expression index of halfvec on a column of vector
     where: str = ""  # SQL: a partial index
     parameters: tuple[tuple[str, int], ...] = ()  # (("m", 16), ...)
+    wanted: tuple[str, ...] = ()  # the parameters that must be so, and are not chosen here
 
     @classmethod
     def choose(
@@ -175,7 +177,8 @@ class IndexPlan:
         chosen = usual | given
         if method == "hnsw" and "ef_construction" not in given:
             chosen["ef_construction"] = max(chosen["ef_construction"], 2 * chosen["m"])
-        return replace(plan, name=name or plan._make_name(), parameters=tuple(chosen.items()))
+        name = name or plan._make_name()
+        return replace(plan, name=name, parameters=tuple(chosen.items()), wanted=tuple(given))
 
     @property
     def type(self) -> str:
@@ -192,11 +195,14 @@ class IndexPlan:
         parts += ["half"] * self.half + [self.distance] * (self.distance != "cosine")
         if self.where:
             parts.append(hashlib.sha256(self.where.encode()).hexdigest()[:8])
-        name = "_".join(parts)
-        if len(name.encode()) <= 63:  # PostgreSQL would cut it
-            return name
-        start = name.encode()[:54].decode(errors="ignore")
-        return f"{start}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return _short_name("_".join(parts))
+
+    def of_partition(self, leaf: VectorColumn) -> IndexPlan:
+        """Make the plan of one partition; a name that was chosen is kept in its name."""
+        part = replace(self, column=replace(leaf, dim=self.column.dim))
+        is_made = self.name == self._make_name()
+        name = part._make_name() if is_made else _short_name(f"{leaf.table}_{self.name}")
+        return replace(part, name=name)
 
     def statement(self, concurrently: bool = True) -> Any:
         """Compose the statement that builds the index."""
@@ -376,11 +382,11 @@ def build_index(
     """Build an index unless there is one like it; raise BackfillError."""
     if plan.column.is_partitioned:
         return _build_on_partitions(database, plan, memory, workers, replaces, show)
+    where = _write_where(database, plan)
     for index in plan.column.indexes(database.run):
-        if not _is_like(index, plan):
+        if index.name != plan.name and _differences(index, plan, where):
             continue
-        if index.is_valid and not _serves(index, plan):
-            raise BackfillError(f"there is another index named {index.name}: give --name")
+        _check_same(index, plan, where)
         if index.is_valid:
             return {"status": "exists", **_describe(index)}
         _check_unfinished(index, replaces)
@@ -396,16 +402,60 @@ def build_index(
     return {"status": "built", **_describe(index), **facts}
 
 
-def _is_like(index: _Index, plan: IndexPlan) -> bool:
-    """True if an index has the name of a plan, or serves the same queries."""
-    return index.name == plan.name or (
-        _serves(index, plan) and not index.where and not plan.where
-    )
+_WHERE = """SELECT pg_get_expr(i.indpred, i.indrelid) FROM pg_index AS i
+WHERE i.indrelid = {copy}::regclass"""
 
 
-def _serves(index: _Index, plan: IndexPlan) -> bool:
-    """True if an index has the method, the distance and the type of a plan."""
-    return (index.method, index.ops) == tuple(plan.operator_class.split())
+def _write_where(database: Database, plan: IndexPlan) -> str:
+    """Write the condition of a plan as the server does, with an index of an empty copy."""
+    from psycopg import sql
+
+    if not plan.where:
+        return ""
+    copy = _identifier("pg_temp", plan.column.table)
+    parts = {"copy": copy, "where": sql.SQL(plan.where)}
+    make = "CREATE TEMPORARY TABLE {copy} (LIKE {table}) ON COMMIT DROP"
+    index = "CREATE INDEX ON {copy} ((true)) WHERE ({where})"
+    try:
+        with database.transaction() as connection:
+            for statement in (make, index):
+                connection.execute(plan.column.sql(statement, **parts))
+            name = sql.Literal(copy.as_string(None))
+            ((where,),) = connection.execute(plan.column.sql(_WHERE, copy=name)).fetchall()
+            return where
+    except BackfillError:  # without the right to make a table, or with a wrong condition
+        return plan.where
+
+
+_USUAL = {"m": 16, "ef_construction": 64, "lists": 100}  # pgvector's own
+
+
+def _differences(index: _Index, plan: IndexPlan, where: str) -> list[str]:
+    """Say in what an index is another one than a plan."""
+    kind, result = f"{index.method} {index.ops}", []
+    if kind != plan.operator_class:
+        result.append(f"{kind}, not {plan.operator_class}")
+    if index.where not in (where, f"({where})"):
+        condition = f"not WHERE {where}" if where else "and none was asked for"
+        result.append(f"{f'WHERE {index.where}' if index.where else 'no condition'}, {condition}")
+    has = _USUAL | {n: int(v) for n, v in re.findall(r"(\w+)=(\d+)", index.options)}
+    plans = dict(plan.parameters)
+    for name in plan.wanted:
+        if has[name] != plans[name]:
+            result.append(f"{name} {has[name]}, not {plans[name]}")
+    return result
+
+
+def _check_same(index: _Index, plan: IndexPlan, where: str) -> None:
+    """Raise BackfillError if a valid index has the name of a plan, and is another one."""
+    differences = _differences(index, plan, where)
+    # guard: another index is not taken for the one
+    if index.is_valid and differences:
+        name = _identifier(index.schema, index.name).as_string(None)
+        raise BackfillError(
+            f"there is another index named {index.name} ({'; '.join(differences)}): give --name, "
+            f"or drop it first: DROP INDEX CONCURRENTLY {name}"
+        )
 
 
 def _check_unfinished(index: _Index, replaces: bool) -> None:
@@ -439,23 +489,27 @@ def _build_on_partitions(
     replaces: bool, show: _Show,
 ) -> dict[str, Any]:  # fmt: skip
     """Build an index on each partition, and then one of the table that takes them over."""
-    column, seconds = plan.column, 0.0
-    existing = [i for i in column.indexes(database.run) if _is_like(i, plan) and i.is_valid]
+    column, seconds, is_built = plan.column, 0.0, False
+    where = _write_where(database, plan)
+    existing = [i for i in column.indexes(database.run) if i.is_valid]
+    existing = [i for i in existing if i.name == plan.name or not _differences(i, plan, where)]
+    for index in existing:
+        _check_same(index, plan, where)
     leaves = database.run(_LEAVES, {"table": column.sql("{table}").as_string(None)})
     options = {"memory": memory, "workers": workers, "replaces": replaces, "show": show}
     for number, (schema, table) in enumerate(leaves, 1):
         quoted = column.sql("{t}", t=_identifier(schema, table)).as_string(None)
         leaf = VectorColumn.read(database, quoted, column.name)
-        part = replace(plan, column=replace(leaf, dim=column.dim), name="")
-        done = build_index(database, replace(part, name=part._make_name()), **options)
+        done = build_index(database, plan.of_partition(leaf), **options)
         seconds += done.get("seconds", 0.0)
+        is_built |= done["status"] == "built"
         database.say(f"partition {number} of {len(leaves)}, {table}: {done['status']}")
     # The index of the table itself takes no space.
     names = [i.name for i in existing if i.name == plan.name or not i.bytes]
     if not names:
         column.run(database, "{index}", index=plan.statement(concurrently=False))
     indexes = column.indexes(database.run)
-    status = "built" if seconds else "exists"
+    status = "built" if is_built or not names else "exists"
     index = next(i for i in indexes if i.name in (names or [plan.name]))
-    total = sum(i.bytes for i in indexes if _is_like(i, plan))
+    total = sum(i.bytes for i in indexes if not _differences(i, plan, where))
     return {"status": status, **_describe(index), "bytes": total, "seconds": round(seconds, 1)}

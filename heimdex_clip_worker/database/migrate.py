@@ -5,7 +5,6 @@
 # %% ../../nbs/11i_migrate.ipynb #imports
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ from .search import Match, RowSpace, TableSearch
 __all__ = ['Migration']
 
 # %% ../../nbs/11i_migrate.ipynb #names
-_LONGEST_NAME = 63  # bytes, in PostgreSQL
-
-
 @dataclass(frozen=True)
 class _Names:
     """The columns of a move."""
@@ -53,14 +49,6 @@ class _Names:
             raise UsageError(f"{names} are left of an earlier move: drop them, or name its --to")
         return "added" if all(new) else "absent"
 
-
-def _short(name: str) -> str:
-    """Shorten a name so that PostgreSQL does not cut it, and two stay two."""
-    if len(name.encode()) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name.encode()[: _LONGEST_NAME - 9].decode(errors="ignore") + "_" + digest
-
 # %% ../../nbs/11i_migrate.ipynb #trigger
 _FUNCTION = """
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body}"""
@@ -82,10 +70,10 @@ def _trigger(
     from psycopg import sql
 
     *schema, last = postgres._parse_table_name(table)
-    name = _short(f"clip_move_{last}_{names.to}")
+    name = postgres._short_name(f"clip_move_{last}_{names.to}")
     parts = {
         "function": sql.Identifier(*schema, name), "table": sql.Identifier(*schema, last),
-        "trigger": sql.Identifier(_short(f"zz_{name}")),  # behind the user's own
+        "trigger": sql.Identifier(postgres._short_name(f"zz_{name}")),  # behind the user's own
     }  # fmt: skip
     for part in ("old", "new"):
         cells = [sql.SQL(f"{part.upper()}.{{}}").format(sql.Identifier(c)) for c in watched]
@@ -162,13 +150,22 @@ WITH part AS (
             AS is_due
     FROM {table} AS t WHERE %(last)s::text IS NULL OR t.{id} > %(last)s::text::{id_type}
     ORDER BY t.{id} LIMIT %(size)s),
+free AS (
+    SELECT t.{id} AS id FROM part JOIN {table} AS t ON t.{id} = part.id
+    WHERE part.is_due ORDER BY t.{id} FOR NO KEY UPDATE OF t SKIP LOCKED),
 copied AS (
     UPDATE {table} AS t SET {to} = t.{vector}::{type},
         {to_metadata} = CASE jsonb_typeof(t.{metadata})
             WHEN 'object' THEN t.{metadata} - 'backfill_lease' ELSE '{{}}' END
-    FROM part WHERE t.{id} = part.id AND part.is_due RETURNING 1)
+    FROM free WHERE t.{id} = free.id RETURNING 1)
 SELECT count(*), (SELECT id::text FROM part ORDER BY part.id DESC LIMIT 1),
-    (SELECT count(*) FROM copied) FROM part"""
+    (SELECT count(*) FROM copied), ARRAY(SELECT id::text FROM part
+        WHERE is_due AND id NOT IN (SELECT id FROM free) ORDER BY id) FROM part"""
+_COPY_ONE = """
+UPDATE {table} AS t SET {to} = t.{vector}::{type},
+    {to_metadata} = CASE jsonb_typeof(t.{metadata})
+        WHEN 'object' THEN t.{metadata} - 'backfill_lease' ELSE '{{}}' END
+WHERE t.{id} = %(id)s::text::{id_type} AND t.{vector} IS NOT NULL RETURNING 1"""
 _SAMPLE = """
 SELECT t.{id}::text FROM {table} AS t WHERE t.{vector} IS NOT NULL AND t.{to} IS NOT NULL
 ORDER BY md5(t.{id}::text) LIMIT %(size)s"""
@@ -234,7 +231,7 @@ class Migration:
         if len({vector_column, metadata_column, to, to_metadata}) < 4:
             raise UsageError("--to and --to-metadata must be new columns, and two of them")
         for name in [*self.names.kept(), to, to_metadata]:
-            if len(name.encode()) > _LONGEST_NAME:
+            if len(name.encode()) > postgres._LONGEST_NAME:
                 raise UsageError(f"a column cannot be called {name!r}: it is too long")
         self._columns = postgres._read_columns(database, table)
         self._url = url_column
@@ -351,9 +348,12 @@ class Migration:
         self._check_sees_all()
         kind = sql.SQL(self._columns[self.names.to].type.replace("%", "%%"))
         statement, last, seen, copied = self._compose(_COPY, type=kind), None, 0, 0
+        one = self._compose(_COPY_ONE, type=kind)
         while True:
             values = {"last": last, "size": size}
-            ((count, last, some),) = self._database.run(statement, values)
+            ((count, last, some, locked),) = self._database.run(statement, values)
+            for row_id in locked:  # each is waited for while no other one is locked
+                some += len(self._database.run(one, {"id": row_id}))
             seen, copied = seen + count, copied + some
             show(seen)
             if count < size:
@@ -388,9 +388,7 @@ class Migration:
 
     def _check_sees_all(self) -> None:
         """Raise UsageError if a policy hides rows from this role."""
-        values = {"table": postgres._quote_table(self._table)}
-        question = "SELECT row_security_active(to_regclass(%(table)s))"
-        if self._database.run(question, values)[0][0]:
+        if postgres._may_hide_rows(self._database.run, self._table):
             raise UsageError(
                 "row level security hides rows from this role, so what is missing cannot be "
                 f"counted: run this as the owner of {self._table}"
@@ -421,7 +419,7 @@ class Migration:
     def _look(self, text: str, **values: Any) -> list[tuple[Any, ...]]:
         """Look into the catalogue."""
         *_, last = postgres._parse_table_name(self._table)
-        values |= {"own": _short(f"clip_move_{last}_{self.names.to}")}
+        values |= {"own": postgres._short_name(f"clip_move_{last}_{self.names.to}")}
         return self._database.run(text, values | {"table": postgres._quote_table(self._table)})
 
     def _attached(self) -> list[str]:
@@ -526,7 +524,7 @@ class Migration:
         names = self.names
         gone = names.kept() if self.stage == "swapped" else (names.to, names.to_metadata)
         *schema, last = postgres._parse_table_name(self._table)
-        name = _short(f"clip_move_{last}_{names.to}")
+        name = postgres._short_name(f"clip_move_{last}_{names.to}")
         from psycopg import sql
 
         text = "DROP FUNCTION IF EXISTS {} CASCADE; ALTER TABLE {} DROP COLUMN {}, DROP COLUMN {};"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import quantiles
 from typing import Any
 
-from ..backfill.postgres import Database, _quote_table
+from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
+from .functions import Function, _mark, _with_values
 from .index import IndexPlan, VectorColumn, build_index
 
 # isort: split
@@ -22,21 +23,10 @@ from .index import drop_index
 from ..errors import redact_urls
 
 # %% auto #0
-__all__ = ['Search', 'Function', 'measure']
+__all__ = ['Search', 'measure']
 
 # %% ../../nbs/11fa_recall.ipynb #search
-def _with_values(statement: Any) -> str:
-    """Turn the marks of `_mark` into placeholders, and double all other percent signs."""
-    return re.sub("\1(\\w+)\1", r"%(\1)s", statement.as_string(None).replace("%", "%%"))
-
-
 _OPERATORS = {"cosine": "<=>", "l2": "<->", "ip": "<#>", "l1": "<+>"}
-
-
-def _mark(name: str) -> Any:
-    from psycopg import sql
-
-    return sql.SQL(f"\1{name}\1")
 
 
 @dataclass(frozen=True)
@@ -128,74 +118,62 @@ class Search:
         return self._compose(text, False, filter=filter_, named=_mark("named"), half=_mark("half"))
 
 # %% ../../nbs/11fa_recall.ipynb #function-call
-_FUNCTION = """
-SELECT p.oid::regprocedure::text, coalesce(p.proargnames, '{}'), p.proargmodes::text[],
-    ARRAY(SELECT format_type(t, NULL) FROM unnest(p.proargtypes::oid[]) WITH ORDINALITY AS u (t, n)
-        ORDER BY n), p.pronargdefaults, coalesce(p.proconfig, '{}')
-FROM pg_proc AS p WHERE p.oid = to_regproc(%(name)s)"""
 _COUNT = re.compile(r"(^|_)(count|limit|top|k|n|rows|max_results)(_|$)")
 
 
 @dataclass(frozen=True)
-class Function:
-    """A function of the application that searches."""
+class _Call:
+    """How a function of the application is called."""
 
-    name: str  # quoted
-    signature: str  # "search(vector,integer)"
-    settings: tuple[str, ...]  # of its own: "hnsw.ef_search=100"
+    function: Function
     roles: dict[str, str]  # its arguments: name -> query, k, value or given
-    types: dict[str, str]
     given: dict[str, str]  # values from the user
-    needs_value: bool  # it cannot be called without a value of the filter
 
     @classmethod
     def read(
         cls, database: Database, name: str, filter_: str = "", given: dict[str, str] | None = None
-    ) -> Function:
+    ) -> _Call:
         """Find out how to call a function; raise UsageError."""
-        quoted, given = _quote_table(name), given or {}
-        rows = database.run(_FUNCTION, {"name": quoted})
-        if not rows:
-            raise UsageError(f"there is no function {quoted}, or several with different arguments")
-        signature, names, modes, types, defaults, settings = rows[0]
-        modes = modes or ["i"] * len(types)
-        inputs = [n for n, m in zip(names, modes, strict=False) if m in "ibv"]
-        kinds = dict(zip(inputs, types, strict=False))
-        optional = inputs[len(inputs) - defaults :] if defaults else []
-        roles = _roles(kinds, filter_, given)
-        left = [n for n in inputs if n not in roles and n not in optional]
-        if left or "query" not in roles.values():
-            lack = left[0] if left else "vector"
-            hint = f"{signature}: no value is known for its argument {lack!r}"
-            raise UsageError(f"{hint}: give --argument {lack}=VALUE")
-        needs_value = any(r == "value" and n not in optional for n, r in roles.items())
-        return cls(quoted, signature, tuple(settings), roles, kinds, given, needs_value)
+        given = given or {}
+        roles_of = lambda types: _roles(types, filter_, given)  # noqa: E731
+        function = Function.read(database.run, name, given, known=roles_of)
+        return cls(function, roles_of(function.types) | {function.query: "query"}, given)
+
+    @property
+    def signature(self) -> str:
+        """The function's signature: "search(vector,integer)"."""
+        return self.function.signature
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings of the function itself: "hnsw.ef_search=100"."""
+        return tuple(self.function.settings)
+
+    @property
+    def needs_value(self) -> bool:
+        """True if it cannot be called without a value of the filter."""
+        return any(self.roles.get(name) == "value" for name in self.function.required)
 
     def __call__(self, by_value: bool) -> Any:
         """Compose the call."""
         from psycopg import sql
 
-        parts = [
-            sql.SQL("{} => {}::text::{}" if role in ("value", "given") else "{} => {}::{}").format(
-                sql.Identifier(name),
-                sql.Literal(self.given[name]) if role == "given" else _mark(role),
-                sql.SQL(self.types[name]),
-            )
-            for name, role in self.roles.items()
-            if by_value or role != "value"
-        ]
-        return sql.SQL(f"{self.name}(") + sql.SQL(", ").join(parts) + sql.SQL(")")
+        cells = {}
+        for name, role in self.roles.items():
+            if by_value or role != "value":
+                cell = sql.Literal(self.given[name]) if role == "given" else _mark(role)
+                is_text = role in ("value", "given")
+                cells[name] = sql.SQL("{}::text").format(cell) if is_text else cell
+        return self.function.call(cells)
 
 
-def _roles(types: dict[str, str], filter_: str, given: dict[str, str]) -> dict[str, str]:
+def _roles(types: Mapping[str, str], filter_: str, given: dict[str, str]) -> dict[str, str]:
     """Recognize a function's arguments by type and name."""
     roles, last = dict.fromkeys([n for n in types if n in given], "given"), filter_.split(".")[-1]
     for name, type_ in types.items():
         if name in roles:
             continue
-        if re.fullmatch(r"(.*\.)?(vector|halfvec)", type_) and "query" not in roles.values():
-            roles[name] = "query"
-        elif last and name.endswith(last.strip('"')):
+        if last and name.endswith(last.strip('"')):
             roles[name] = "value"
         elif type_ in ("smallint", "integer", "bigint") and _COUNT.search(name):
             roles[name] = "k"

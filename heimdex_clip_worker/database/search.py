@@ -14,6 +14,7 @@ from typing import Any
 from ..backfill import postgres
 from ..backfill.postgres import Database
 from ..backfill.rows import BackfillError, UsageError
+from .functions import Function, _mark, _with_values
 
 # %% auto #0
 __all__ = ['RowSpace', 'Match', 'TableSearch']
@@ -64,7 +65,8 @@ def _check_spaces(
 
 # %% ../../nbs/11g_search.ipynb #statements
 _FACTS = """
-SELECT n.nspname, e.extversion, greatest(c.reltuples, 0)
+SELECT n.nspname, e.extversion, greatest(c.reltuples, 0, (SELECT sum(l.reltuples)
+    FROM pg_partition_tree(c.oid) AS p JOIN pg_class AS l ON l.oid = p.relid WHERE p.isleaf))
 FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
     JOIN pg_type AS y ON y.oid = a.atttypid JOIN pg_namespace AS n ON n.oid = y.typnamespace,
     pg_extension AS e
@@ -132,68 +134,24 @@ def _table(name: str) -> Any:
     return postgres._quote(*postgres._parse_table_name(name))
 
 # %% ../../nbs/11g_search.ipynb #function
-_ARGUMENTS = """
-SELECT p.oid::regprocedure::text, a.name, a.type::regtype::text
-FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace, LATERAL unnest(
-    p.proargnames, coalesce(p.proallargtypes, p.proargtypes::oid[]), p.proargmodes)
-    WITH ORDINALITY AS a (name, type, mode, position)
-WHERE p.proname = %(name)s AND coalesce(a.mode, 'i') IN ('i', 'b', 'v') AND CASE
-    WHEN %(schema)s::text IS NULL THEN pg_function_is_visible(p.oid)
-    ELSE n.nspname = %(schema)s END
-ORDER BY p.oid, a.position"""
-
-
 def _call(
     connection: Any,
     function: str,  # "match_scenes" or "app.match_scenes"
     arguments: Mapping[str, str],  # name -> value
     vector_argument: str = "",  # "": the one whose type is a vector
-) -> tuple[Any, dict[str, str]]:  # a statement with %(query)s, %(top)s and values for the others
+) -> tuple[str, dict[str, str]]:  # a statement with %(query)s, %(top)s and values for the others
     """Compose the call of a function; raise UsageError."""
     from psycopg import sql
 
-    *schema, name = postgres._parse_table_name(function)
-    values = {"name": name, "schema": schema[-1] if schema else None}
-    signatures: dict[str, dict[str, str]] = {}
-    for signature, argument, kind in connection.execute(_ARGUMENTS, values):
-        signatures.setdefault(signature, {})[argument] = kind
-    vector, types = _choose(function, signatures, arguments, vector_argument)
-    given = {vector: "query"} | {name: f"a{n}" for n, name in enumerate(arguments)}
-    listed = sql.SQL(", ").join(
-        sql.SQL("{} => %({})s::{}").format(
-            postgres._quote(name), sql.SQL(key), sql.SQL(types[name].replace("%", "%%"))
-        )
-        for name, key in given.items()
-    )
-    call = sql.SQL("SELECT to_jsonb(f) FROM {}({}) AS f LIMIT %(top)s")
-    statement = call.format(postgres._quote(*schema, name), listed)
-    return statement, {key: arguments[name] for name, key in given.items() if name != vector}
+    def run(statement: str, values: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return connection.execute(statement, values).fetchall()
 
-# %% ../../nbs/11g_search.ipynb #choose
-def _choose(
-    function: str,
-    signatures: Mapping[str, Mapping[str, str]],  # -> name of argument -> type
-    arguments: Mapping[str, str],
-    vector_argument: str,
-) -> tuple[str, Mapping[str, str]]:  # the vector's argument, and the types of all
-    """Choose the one function that has all these arguments; raise UsageError."""
-    if not signatures:
-        raise UsageError(f"the database has no function {function} with named arguments")
-    wanted = {*arguments, vector_argument} - {""}
-    fitting = {s: types for s, types in signatures.items() if wanted <= types.keys()}
-    if len(fitting) != 1:
-        known = "; ".join(f"{s}: {', '.join(types)}" for s, types in signatures.items())
-        how_many = "no" if not fitting else "more than one"
-        raise UsageError(
-            f"{how_many} function {function} has the arguments {', '.join(sorted(wanted)) or '-'} "
-            f"(--argument NAME=VALUE): {known}"
-        )
-    ((signature, types),) = fitting.items()
-    bases = {name: kind.rpartition(".")[2] for name, kind in types.items()}
-    vectors = [n for n, kind in bases.items() if kind in ("vector", "halfvec")]
-    if not vector_argument and len(vectors) != 1:
-        raise UsageError(f"which argument of {signature} is the query? Name a --vector-argument")
-    return vector_argument or vectors[0], types
+    called = Function.read(run, function, arguments, vector_argument)
+    keys = {name: f"a{n}" for n, name in enumerate(arguments)}
+    cells = {name: _mark(key) for name, key in ({called.query: "query"} | keys).items()}
+    statement = sql.SQL("SELECT to_jsonb(f) FROM {} AS f LIMIT {}")
+    values = {key: arguments[name] for name, key in keys.items()}
+    return _with_values(statement.format(called.call(cells), _mark("top"))), values
 
 # %% ../../nbs/11g_search.ipynb #match
 @dataclass(frozen=True)
@@ -244,6 +202,7 @@ class TableSearch:
         user_sql = {"join": join, "filter": condition or "true"}
         self._statements = _compose(names, columns, (schema, count), table, user_sql, show)
         self._database, self._column, self._show = database, vector_column, list(show)
+        self._table = table
         self._id_column, self._exact, self._version = id_column, exact, version
         self._own_settings = dict(settings or {})
 
@@ -289,11 +248,14 @@ class TableSearch:
 
     def check(self, query: RowSpace, trusting: bool = False) -> None:
         """Raise BackfillError unless the column's vectors can be compared with the query."""
+        _check_spaces(self._column, query, self.spaces(), trusting)
+
+    def spaces(self) -> dict[RowSpace, int]:
+        """Count the vectors of each space, of a large table in a sample of its rows."""
         with self._reading() as connection:
             # In the binary format, the server takes one statement and no second one.
             rows = connection.execute(self._statements["spaces"], {}, binary=True).fetchall()
-        counts = {RowSpace(*space): count for *space, count in rows}
-        _check_spaces(self._column, query, counts, trusting)
+        return {RowSpace(*space): count for *space, count in rows}
 
     def check_matches(self, query: RowSpace, matches: list[Match], trusting: bool = False) -> None:
         """Do as `check`, for the rows that were found."""
@@ -319,6 +281,12 @@ class TableSearch:
         with self._reading() as connection:
             connection.execute("SET LOCAL statement_timeout = '5s'")
             return connection.execute(self._statements["waiting"], {"most": most}).fetchone()[0]
+
+    def may_hide_rows(self) -> bool:
+        """True if row level security may hide rows of the table from this role."""
+        with self._reading() as connection:
+            run = lambda *words: connection.execute(*words).fetchall()  # noqa: E731
+            return postgres._may_hide_rows(run, self._table)
 
     def by_function(
         self,

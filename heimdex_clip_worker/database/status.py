@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backfill.postgres import PostgresSink
+from ..backfill.postgres import PostgresSink, _may_hide_rows
 from .triggers import Triggers
 
 # %% auto #0
@@ -15,24 +15,36 @@ __all__ = ['read_status']
 
 # %% ../../nbs/11eb_status.ipynb #statements
 _WAITING = """t.{vector} IS NULL AND ({is_selected} OR {seconds_held} > 0)"""
-_SINCE = """CASE WHEN t.{metadata}->>'waiting_since' ~ '^\\d{{4}}-[-T:.\\d]+Z$'
-    THEN (t.{metadata}->>'waiting_since')::timestamptz END"""
+# Text that is no time is no error: each part is checked, and a 31st of June is the 1st of July.
+_TIME_PATTERN = (
+    # guard: text that is no time fails nothing
+    "^(?!0000)[0-9]{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+    "T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{{1,9}})?Z$"
+)
+_SINCE = f"""(SELECT CASE WHEN text ~ '{_TIME_PATTERN}' THEN
+    make_timestamptz(left(text, 4)::int, substr(text, 6, 2)::int, 1, substr(text, 12, 2)::int,
+        substr(text, 15, 2)::int, rtrim(substr(text, 18), 'Z')::float8, 'UTC')
+        + (substr(text, 9, 2)::int - 1) * interval '1 day' END
+    FROM (SELECT t.{{metadata}}->>'waiting_since' AS text) AS fact)"""
+_COLUMN_TIME = """CASE WHEN isfinite(t.{time}) THEN t.{time}::timestamptz END"""
 _COUNTS = """
 SELECT count(*), count(*) FILTER (WHERE t.{vector} IS NOT NULL),
     count(*) FILTER (WHERE {waiting} AND {seconds_held} = 0),
     count(*) FILTER (WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NULL
         AND coalesce(t.{url}::text, '') = ''),
     count(*) FILTER (WHERE t.{vector} IS NULL AND t.{metadata}->>'code' IS NULL
-        AND t.{metadata}->>'error' IS NOT NULL)
+        AND t.{metadata}->>'error' IS NOT NULL),
+    count(*) FILTER (WHERE {waiting} AND {since} IS NULL)
 FROM {table} AS t"""
 _OLDEST = """
 SELECT t.{id}::text, extract(epoch FROM clock_timestamp() - {since})::float8
 FROM {table} AS t WHERE {waiting} AND {since} IS NOT NULL ORDER BY {since} LIMIT 1"""
 _LEASES = """
 SELECT coalesce(t.{metadata}#>>'{{backfill_lease,by}}', 'unknown'), count(*),
-    max(extract(epoch FROM clock_timestamp()) - CASE jsonb_typeof(
+    max((SELECT extract(epoch FROM clock_timestamp()) - since FROM (SELECT CASE jsonb_typeof(
         t.{metadata}#>'{{backfill_lease,since}}') WHEN 'number'
-        THEN (t.{metadata}#>>'{{backfill_lease,since}}')::numeric END)::float8
+        THEN (t.{metadata}#>>'{{backfill_lease,since}}')::numeric END AS since) AS lease
+        WHERE since BETWEEN 0 AND extract(epoch FROM clock_timestamp())))::float8
 FROM {table} AS t WHERE t.{metadata} ? 'backfill_lease' AND {seconds_held} > 0
 GROUP BY 1 ORDER BY 2 DESC, 1"""
 _FAILURES = """
@@ -56,14 +68,14 @@ def read_status(sink: PostgresSink) -> dict[str, Any]:
     triggers = Triggers(sink.database, sink)
     since = _SINCE
     if triggers.time_column:
-        since = f"coalesce({_SINCE}, t.{triggers.time_column}::timestamptz)"
+        since = f"coalesce({_SINCE}, {_COLUMN_TIME.format(time=triggers.time_column)})"
     values = {**vars(sink.selection), "table": sink.quoted_table, "trigger": triggers.guard}
 
     def read(text: str) -> list[tuple[Any, ...]]:
         filled = text.replace("{waiting}", f"({_WAITING})").replace("{since}", since)
         return sink.database.run(sink.compose(filled), values)
 
-    ((rows, done, to_do, without_url, earlier),) = read(_COUNTS)
+    ((rows, done, to_do, without_url, earlier, undated),) = read(_COUNTS)
     leases = [dict(zip(("by", "rows", "seconds"), lease, strict=True)) for lease in read(_LEASES)]
     names = ("code", "rows", "planned", "next_at")
     failures = [dict(zip(names, row, strict=True)) for row in read(_FAILURES)]
@@ -73,7 +85,8 @@ def read_status(sink: PostgresSink) -> dict[str, Any]:
     return {
         "table": sink.quoted_table, "rows": rows, "with_vector": done, "to_do": to_do,
         "in_work": leases, "failed": failures, "without_url": without_url,
-        "earlier_errors": earlier, "oldest": oldest[0] if oldest else None, "spaces": spaces,
+        "earlier_errors": earlier, "oldest": oldest[0] if oldest else None, "undated": undated,
+        "may_hide_rows": _may_hide_rows(sink.database.run, sink.table), "spaces": spaces,
         "has_times": bool(triggers.time_column) or bool(read(_INSTALLED)[0][0]),
         "has_triggers": bool(read(_INSTALLED)[0][0]),
     }  # fmt: skip

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
 from .._retry import pause_s
-from ..backfill.postgres import Database
-from ..backfill.rows import import_extra
+from ..backfill.postgres import Database, PostgresSink
+from ..backfill.rows import BackfillError, import_extra
+from .search import RowSpace, TableSearch
 from ..errors import redact_urls
 
 # %% auto #0
@@ -86,3 +87,48 @@ class Listener:
             for _ in connection.notifies(timeout=1, stop_after=1):
                 self._wake.set()
         return True
+
+# %% ../../nbs/11ea_sync.ipynb #column-space
+class _ColumnSpaces:
+    """The spaces in a column, for the first vector that is to be written."""
+
+    def __init__(self, sink: PostgresSink, say: Callable[[str], None]):
+        names = sink.names
+        search = TableSearch(
+            sink.database, table=sink.table, id_column=names["id"], vector_column=names["vector"],
+            metadata_column=names["metadata"], settings={"statement_timeout": "5min"},
+        )  # fmt: skip
+        try:
+            spaces = search.spaces()
+        except BackfillError as error:
+            raise BackfillError(
+                f"the spaces in column {names['vector']!r} cannot be read ({error}): does ANALYZE "
+                f"{sink.quoted_table} help?"
+            ) from error
+        self._column, self._say = names["vector"], say
+        self._known = {s: n for s, n in spaces.items() if s.is_same(s)}  # others say nothing
+
+    def check_id(self, space_id: str) -> None:
+        """Raise BackfillError if the column's vectors are of other spaces than this one."""
+        if space_id and all(space.space_id for space in self._known):
+            self._check(RowSpace(space_id))
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """Raise BackfillError if no vector of the column can be compared with the one to write."""
+        self._check(RowSpace(facts["space_id"], facts["model"], facts["pretrained"]))
+
+    def _check(self, own: RowSpace) -> None:
+        others = {s: n for s, n in self._known.items() if not s.is_same(own)}
+        listed = ", ".join(f"{count:,} of {space}" for space, count in others.items())
+        # guard: a column gets vectors of its own space
+        if others and len(others) == len(self._known):
+            raise BackfillError(
+                f"column {self._column!r} holds vectors that those of the endpoint ({own}) cannot "
+                f"be compared with: {listed}. Nothing was written. Use an endpoint of the column's "
+                "space, or move the column: `heimdex-clip migrate add --to NEW_COLUMN`"
+            )
+        if others:
+            self._say(
+                f"column {self._column!r} also holds vectors of other spaces: {listed} "
+                "(`heimdex-clip backfill --reembed`, or `migrate`)"
+            )

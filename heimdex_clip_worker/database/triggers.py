@@ -9,7 +9,7 @@ import hashlib
 import json
 from contextlib import closing, suppress
 
-from ..backfill.postgres import Database, PostgresSink
+from ..backfill.postgres import Database, PostgresSink, _short_name
 from ..backfill.rows import BackfillError, UsageError, import_extra
 from ..errors import redact_urls
 
@@ -49,9 +49,9 @@ _TIMES = ("created_at", "inserted_at", "updated_at")  # usual columns with the a
 # %% ../../nbs/11e_triggers.ipynb #names
 def _name(role: str, schema: str, table: str, vector: str) -> str:
     """Derive a name of at most 63 bytes, which no other table or column gives."""
-    digest = hashlib.sha256(json.dumps([schema, table, vector]).encode()).hexdigest()[:10]
-    start = f"heimdex_{role}_{table}".encode()[:48].decode(errors="ignore")
-    return f"{start}_{digest}"
+    of = json.dumps([schema, table, vector])
+    most = 59  # because `zz_` comes before it
+    return _short_name(f"heimdex_{role}_{table}", of=of, most=most, digits=10)
 
 
 def _lock_key(channel: str) -> int:

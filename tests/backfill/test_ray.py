@@ -159,8 +159,12 @@ def test_rows_that_may_succeed_now_are_retried_alone(
     words = ("--engine", "ray", tmp_path / "in.parquet", "--out", tmp_path / "out", "--actors", 1)
     status, summary, _ = run(capsys, *words, "--keep", "image_url")
     assert status == 3 and summary["failed"] == {"MISSING_URL": 1, "SOURCE_HTTP": 1}
+    assert summary["failed_earlier"] == {"rows": 0, "retryable": 0}
     images.forget()
+    status, summary, _ = run(capsys, *words, "--keep", "image_url")
+    assert (status, summary["failed_earlier"]) == (0, {"rows": 2, "retryable": 1})
     status, summary, _ = run(capsys, *words, "--keep", "image_url", "--retry-failed")
+    assert summary["failed_earlier"] == {"rows": 0, "retryable": 0}
     assert (summary["done"], images.fetched) == (0, {})
     rows = parts(tmp_path / "out").to_pylist()
     assert [row["code"] for row in rows] == [None, "MISSING_URL", "SOURCE_HTTP"]

@@ -89,6 +89,51 @@ def test_once_takes_what_is_there_and_ends_without_triggers(world: Rig) -> None:
     assert facts is None
 
 
+@pytest.mark.parametrize("words", [("--once",), ("--poll", 1)])
+def test_vectors_of_another_space_do_not_come_into_a_column(
+    world: Rig, words: tuple[object, ...]
+) -> None:
+    name = f"other_{len(words)}"
+    make_table(world, name)
+    world.admin.execute(f"""INSERT INTO {name} (embedding_visual_clip, visual_clip_metadata)
+        VALUES (array_fill(1, ARRAY[512])::vector, '{{"space_id": "5"}}')""")
+    insert(world, name, 1, 2)
+    process = start_sync(world, name, *words)
+    assert exit_status(process, 60) == 1
+    said = output_of(process)
+    assert "1 of space 5. Nothing was written" in said and "heimdex-clip migrate" in said
+    assert count(world, f"SELECT count(embedding_visual_clip) FROM {name}") == 1
+    space = "fa4e000000000000"
+    process = start_sync(world, name, *words, CLIP_SPACE_ID=space)  # before any image is sent
+    assert exit_status(process, 60) == 1 and f"space {space}" in output_of(process)
+    world.admin.execute(f"""UPDATE {name} SET visual_clip_metadata =
+        '{{"model_name": "ViT-B-32", "pretrained": "fake"}}' WHERE id = 1""")
+    assert exit_status(start_sync(world, name, "--once"), 60) == 0
+    assert count(world, f"SELECT count(embedding_visual_clip) FROM {name}") == 3
+
+
+@pytest.mark.parametrize("change", [
+    "embedding_visual_clip = NULL", "visual_clip_metadata = visual_clip_metadata - 'code'",
+])  # fmt: skip
+def test_a_result_that_a_trigger_takes_back_is_a_failed_row(world: Rig, change: str) -> None:
+    name = f"taken_{len(change)}"
+    make_table(world, name)
+    world.admin.execute(f"""CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        UPDATE {name} SET {change} WHERE id = NEW.id; RETURN NULL; END $$;
+        CREATE TRIGGER taken AFTER UPDATE ON {name} FOR EACH ROW
+        WHEN (NEW.id = 1 AND pg_trigger_depth() = 0) EXECUTE FUNCTION {name}()""")
+    insert(world, name, 5, 2)  # there is no image 5
+    if "NULL" in change:
+        world.admin.execute(f"UPDATE {name} SET thumbnail_url = %s WHERE id = 1", [world.url(1)])
+    process = start_sync(world, name, "--once", "--json")
+    assert exit_status(process, 60) == 3 and "does not stay" in output_of(process)
+    summary = json.loads(output_of(process).splitlines()[-1])
+    assert (summary["done"], summary["failed"]) == (1, {"NOT_WRITABLE": 1})
+    assert has_vector_of(world, name, 2, 2)
+    query = f"SELECT count(*) FROM {name} WHERE visual_clip_metadata->>'code' = 'NOT_WRITABLE'"
+    assert count(world, query) == ("NULL" in change)  # where the row keeps it
+
+
 def test_lost_connections_are_replaced_for_ever(world: Rig) -> None:
     make_table(world, "cut")
     with syncing(world, "cut", "--poll", 1, "--patience", 0):

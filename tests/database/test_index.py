@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from heimdex_clip_worker.cli import index as command
 from heimdex_clip_worker.cli.console import CommandError, Status
 from heimdex_clip_worker.database import index, recall
 from heimdex_clip_worker.database.index import IndexPlan, VectorColumn, build_index
-from heimdex_clip_worker.database.recall import Function, Search, measure
+from heimdex_clip_worker.database.recall import Search, _Call, measure
+from heimdex_clip_worker.database.search import TableSearch
 
 pytestmark = pytest.mark.postgres
 SMALL, JOIN = index_goals.SMALL, index_goals.JOIN
@@ -109,7 +111,7 @@ def test_a_planted_owner_is_found_wanting_and_what_is_recommended_is_enough(serv
 
 
 def test_the_function_of_the_application_is_mended_by_its_owner(server) -> None:
-    call = Function.read(server.database, "search_scenes", "v.owner_id")
+    call = _Call.read(server.database, "search_scenes", "v.owner_id")
     report = check(server, by_owner(server, call=call))
     server.do(*report["sql"])  # on a new connection, by a role that is no superuser
     mended = check(server, by_owner(server, call=call))
@@ -120,7 +122,7 @@ def test_settings_of_a_function_that_hide_those_of_the_session_are_named(server)
     server.do("ALTER FUNCTION search_scenes RESET ALL", "SELECT '[1]'::extensions.vector",
               "ALTER FUNCTION search_scenes SET hnsw.ef_search = 10",
               "ALTER FUNCTION search_scenes SET hnsw.iterative_scan = off")  # fmt: skip
-    call = Function.read(server.database, "search_scenes", "v.owner_id")
+    call = _Call.read(server.database, "search_scenes", "v.owner_id")
     report = check(server, by_owner(server, call=call), sample=4)
     server.do("ALTER FUNCTION search_scenes RESET ALL")
     assert "sets hnsw.ef_search=10, hnsw.iterative_scan=off itself" in report["sql"][0]
@@ -145,7 +147,7 @@ def test_a_measurement_writes_nothing(server) -> None:
         LANGUAGE plpgsql AS $$ BEGIN
         DELETE FROM video_scenes; RETURN QUERY SELECT v.id FROM video_scenes AS v LIMIT k;
         END $$""")
-    call = Function.read(server.database, "counted")
+    call = _Call.read(server.database, "counted")
     with pytest.raises(BackfillError, match="read-only transaction"):
         check(server, Search(server.column, call=call), values=())
     assert server.admin.execute("SELECT count(*) FROM video_scenes").fetchone() == (5000,)
@@ -266,8 +268,56 @@ def test_an_index_in_work_is_not_replaced(server) -> None:
 def test_another_index_of_that_name_is_named(server) -> None:
     column = server.table("named")
     build_index(server.database, IndexPlan.choose(column, "it"), workers=0)
-    with pytest.raises(BackfillError, match="another index named it: give --name"):
+    with pytest.raises(BackfillError, match="another index named it .*: give --name"):
         build_index(server.database, IndexPlan.choose(column, "it", method="ivfflat"), workers=0)
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"m": 32}, "m 8, not 32"), ({"ef_construction": 99}, "ef_construction 64, not 99"),
+    ({"where": "id <> '2'"}, "no condition, not WHERE .id <> '2'::text"),
+    ({"distance": "l2"}, "hnsw vector_cosine_ops, not hnsw vector_l2_ops"),
+])  # fmt: skip
+def test_an_index_with_other_parameters_or_another_condition_is_not_taken_for_the_one(
+    server, options: dict[str, Any], problem: str
+) -> None:
+    column = server.table("otherwise")
+    build_index(server.database, IndexPlan.choose(column, "like_it", m=8, ef_construction=64))
+    with pytest.raises(BackfillError, match=f"another index named like_it .{problem}.*give --name"):
+        build_index(server.database, IndexPlan.choose(column, "like_it", **options))
+    again = build_index(server.database, IndexPlan.choose(column))  # whatever its parameters are
+    assert (again["status"], again["index"]) == ("exists", "like_it")
+    second = build_index(server.database, IndexPlan.choose(column, "second", **options))
+    assert (second["status"], second["index"]) == ("built", "second")
+    assert sorted(names(server, column)) == ["like_it", "second"]
+
+
+@pytest.mark.parametrize("where", ["id <> '2'", "NOT (id)::text = '2'", "partly.id<>'2'"])
+def test_a_condition_is_compared_as_the_server_writes_it(server, where: str) -> None:
+    column = server.table("partly")
+    plan = IndexPlan.choose(column, "part_of_it", where="(id <> '2')")
+    assert build_index(server.database, plan)["status"] == "built"
+    other = IndexPlan.choose(column, "other", where=where)
+    is_same = not where.startswith("NOT")
+    assert build_index(server.database, other)["status"] == ("exists" if is_same else "built")
+    with pytest.raises(BackfillError, match="WHERE .id <> '2'::text., not WHERE .id <> '3'::text"):
+        build_index(server.database, replace(plan, where="id <> '3'"))
+    with pytest.raises(BackfillError, match="and none was asked for"):
+        build_index(server.database, replace(plan, where=""))
+
+
+def test_a_partitioned_table_gets_a_second_index_with_other_parameters(server) -> None:
+    server.do("DROP TABLE IF EXISTS twice",
+              "CREATE TABLE twice (id int, v extensions.vector(64)) PARTITION BY RANGE (id)",
+              "CREATE TABLE twice_1 PARTITION OF twice FOR VALUES FROM (0) TO (9999)",
+              f"INSERT INTO twice SELECT 1, {COLUMN} FROM video_scenes LIMIT 100")  # fmt: skip
+    column = VectorColumn.read(server.database, "twice", "v")
+    build_index(server.database, IndexPlan.choose(column), workers=0)
+    with pytest.raises(BackfillError, match="m 16, not 8"):
+        build_index(server.database, IndexPlan.choose(column, m=8), workers=0)
+    for status in ("built", "exists"):
+        done = build_index(server.database, IndexPlan.choose(column, "thin", m=8), workers=0)
+        assert (done["status"], done["index"]) == (status, "thin")
+    assert len(names(server, column)) == 4
 
 
 def test_a_build_without_shared_memory_is_repeated_alone(server, monkeypatch) -> None:
@@ -445,11 +495,28 @@ def test_texts_of_another_space_are_not_measured(server, capsys, monkeypatch, tm
 def test_arguments_of_a_function_are_recognized(server) -> None:
     server.do("""CREATE FUNCTION mine(threshold float, k int, q extensions.vector, p_owner_id uuid)
         RETURNS TABLE (id uuid) LANGUAGE sql AS 'SELECT NULL::uuid'""")
-    call = Function.read(server.database, "mine", "v.owner_id", {"threshold": "0"})
+    call = _Call.read(server.database, "mine", "v.owner_id", {"threshold": "0"})
     assert call.roles == {"threshold": "given", "k": "k", "q": "query", "p_owner_id": "value"}
     assert call.needs_value
     with pytest.raises(UsageError, match="give --argument threshold=VALUE"):
-        Function.read(server.database, "mine", "v.owner_id")
+        _Call.read(server.database, "mine", "v.owner_id")
+
+
+def test_a_check_and_a_search_mean_the_same_function(server) -> None:
+    server.do("DROP FUNCTION IF EXISTS twin, twin(extensions.vector, int)", *(
+        f"""CREATE FUNCTION twin({arguments}) RETURNS TABLE (id uuid) LANGUAGE sql
+        AS 'SELECT NULL::uuid'""" for arguments in (
+            "q extensions.vector, avoid extensions.vector DEFAULT NULL",
+            "q extensions.vector, k int, mood text",
+        )
+    ))  # fmt: skip
+    search = TableSearch(server.database)
+    for given, count in (({}, 1), ({"mood": "calm", "k": "5"}, 3)):
+        search.check_function("twin", given)
+        call = _Call.read(server.database, "twin", given=given)
+        assert call.roles["q"] == "query" and len(call.roles) == count
+    with pytest.raises(UsageError, match="no value is known for its argument 'k'"):
+        search.check_function("twin", {"mood": "calm"})
 
 
 def test_a_picture_needs_a_known_format(server, tmp_path, capsys) -> None:

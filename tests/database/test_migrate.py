@@ -500,3 +500,38 @@ def test_a_process_from_before_a_swap_writes_nothing_into_the_new_column(table: 
 def test_no_column_that_serves_is_taken_for_the_new_one(table: Table, names: Any) -> None:
     with pytest.raises(UsageError, match="must be new columns"):
         table.move(to=names[0], to_metadata=names[1])
+
+
+def test_no_statement_of_a_user_is_the_victim_of_a_deadlock_with_a_copy(table: Table) -> None:
+    move, copied = table.move(to="half"), []
+    move.add("halfvec(512)")
+    thread = threading.Thread(target=lambda: copied.append(move.copy()))
+    query = "SELECT array_agg(id ORDER BY id) FROM video_scenes"
+    first, second, third, *_ = table.value(query)
+    update = "UPDATE video_scenes SET thumbnail_url = thumbnail_url WHERE id = %s"
+    with psycopg.connect(table.uri) as user:
+        user.execute("SET LOCAL deadlock_timeout = '50ms'")  # the user is the first to look
+        user.execute(update, [second])
+        thread.start()
+        user.execute("SELECT pg_sleep(0.7)")
+        for row_id in (first, third):
+            user.execute(update, [row_id])
+    thread.join(30)
+    assert copied == [ROWS] and move.counts().missing == 0
+
+
+def test_a_comparison_of_long_ids_fits_a_terminal(
+    table: Table, capsys: pytest.CaptureFixture[str]
+) -> None:
+    move = table.move(to="half")
+    move.add("halfvec(512)")
+    move.copy()
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["compare", "--to", "half", "--database", table.uri_of("app"), "--samples", "3"]
+    args = parser.parse_args(words)
+    args.rest = []
+    assert command.run(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) == 1 + 3 * 6 + 1
+    assert sum(line.count("= ") for line in lines) >= 20

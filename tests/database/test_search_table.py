@@ -163,6 +163,17 @@ def test_a_row_is_not_like_itself(scenes: Scenes, capsys: pytest.CaptureFixture[
     assert sorted(line["columns"]["index"] for line in found.lines) == [99, 101]
 
 
+@pytest.mark.parametrize("role", ["reader", "app"])
+def test_rows_that_may_be_hidden_are_mentioned_where_none_matches(
+    scenes: Scenes, capsys: pytest.CaptureFixture[str], role: str
+) -> None:
+    scenes.admin.execute("GRANT reader TO app")
+    settings = ["--set", f"role={role}", "--set", f"app.owner_id={OWNERS[2]}"]
+    found = find(scenes, "--filter", "t.index < 0", *settings, capsys=capsys)
+    assert found.status == 1
+    assert ("Row level security may hide rows" in found.err) == (role == "reader")
+
+
 @pytest.mark.parametrize(("index", "words"), [(100, ": 1 row has no vector yet"), (-1, "")])
 def test_rows_without_a_vector_are_named_where_nothing_matches(
     scenes: Scenes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,

@@ -41,6 +41,7 @@ FILES = {
     "rows": "backfill/rows.py", "files": "backfill/files.py",
     "postgres": "backfill/postgres.py", "triggers": "database/triggers.py",
     "parquet": "backfill/parquet.py",
+    "sync": "database/sync.py", "status": "database/status.py",
     "blocks": "backfill/blocks.py", "shards": "backfill/shards.py",
     "ray": "ray.py", "backfill_ray": "cli/backfill_ray.py", "local": "remote/local.py",
     "endpoint": "remote/endpoint.py",
@@ -91,6 +92,8 @@ TESTS = {
     "local": ["tests/backfill/test_ray.py"],
     "postgres": ["tests/backfill/test_table.py"],
     "triggers": ["tests/backfill/test_table.py"],
+    "sync": ["tests/backfill/test_sync.py"],
+    "status": ["tests/database/test_status.py"],
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
     "process": [
@@ -425,11 +428,22 @@ POSTGRES = [
     ("a result is of its picture", (r"_IS_SAME_URL if has_url else ", "")),
     ("no column gets vectors of another space", (r"_IS_SAME_COLUMN", '"true"')),
     ("no row is embedded for ever", NEVER),
+    (
+        "no row is waited for while another is locked",
+        (r"_find_each\(statement", '_find_each(f"{statement}_waiting"'),
+    ),
+    ("one locked row does not hold up all others", (r"except _Refusal", "except ZeroDivisionError")),
+    ("what is counted as written is there", (r"= .*", "= set()")),
+    ("no result is written for ever", NEVER),
 ]
 TRIGGERS = [
     ("names in a trigger are PostgreSQL's own", (r'"SET.*"', '""')),
     ("another picture clears the vector", (r'\["changed"\]', "[]")),
 ]
+STATUS = [
+    ("text that is no time fails nothing", (r'".*"', '"^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}"')),
+]
+SYNC = [("a column gets vectors of its own space", NEVER)]
 ENDPOINT = [
     ("a response has a deadline", NEVER),
     ("a response has a size", NEVER),
@@ -482,6 +496,7 @@ MIGRATE_COMMAND = [
 ]
 INDEX = [
     ("an index that is valid stays", (r" and not index.is_valid", "")),
+    ("another index is not taken for the one", NEVER),
     ("no index is dropped that another process may be building", NEVER),
 ]
 INDEX_COMMAND = [("a filter changes nothing", SKIP)]
@@ -523,6 +538,8 @@ GUARDS = [
         ("postgres", POSTGRES),
         ("triggers", TRIGGERS),
         ("parquet", PARQUET),
+        ("sync", SYNC),
+        ("status", STATUS),
         ("blocks", BLOCKS),
         ("shards", SHARDS),
         ("ray", RAY),

@@ -86,7 +86,7 @@ class _Thread(threading.Thread):
             with self._lock:
                 self.call = None
             call.report(*outcome)
-            del call, outcome  # the thread that waits holds nothing
+            del call, outcome  # while the thread waits, it keeps nothing in memory
 
     def give_up(self, limit_s: float) -> _Call | None:
         """Give this thread up, and return its call, if that takes longer than `limit_s`."""
@@ -265,7 +265,7 @@ class _Threads:
 _CHECK_S = 0.5  # between two checks
 _REST_S = 0.05  # from the last call to the check that stops the timer
 _SILENCE_S = 3.0  # how long the checks may be late before the timer in C ends the process
-_EARLY_S = 1.0  # how much sooner it may come: a restart starts a thread in C, which takes 0.5 ms
+_EARLY_S = 1.0  # the timer may come this much too early: a restart starts a thread, 0.5 ms
 
 
 class Watchdog:

@@ -56,7 +56,7 @@ def _embed(
     model_version: str,
 ) -> list[RowResult | RowError]:
     """Embed the rows of one job; raise Outage, BackfillError or ClipInferenceError."""
-    sources: list[Any] = [row.source for row in rows]
+    sources: list[Any] = [row.source for row in rows]  # URLs, or paths in the bucket
     urls = bucket.sign(sources) if bucket else sources
     items = [
         {
@@ -311,7 +311,7 @@ class Run:
     def drive(self, show: Callable[[Meter], None] = lambda meter: None) -> str:
         """Run to the end; return `done`, `limit`, `max-cost` or `interrupted`.
 
-        Raise BackfillError or ClipInferenceError if the error concerns all rows.
+        Raise BackfillError or ClipInferenceError at an error that concerns all rows.
         """
         pool = ThreadPoolExecutor(self._options.in_flight, "backfill")
         deadline, is_unfinished = math.inf, True
@@ -501,7 +501,7 @@ class Run:
             self._say_unwritable([result for result in written if _is_unwritable(result.row)])
 
     def _say_unwritable(self, results: list[RowResult]) -> None:
-        """Say which rows cannot be written, for the first few; they may be recorded nowhere."""
+        """Say which rows cannot be written, the first few only; the sink may not record them."""
         for result in results[: 5 - len(self._unwritable)]:
             self._unwritable.append(result.row.error)
             self._say(f"row {result.row.id}: {result.row.error}")

@@ -99,12 +99,12 @@ def _embed_batch(
 
 # %% ../../nbs/05c_pipeline.ipynb #is-cancelled-too
 def _is_cancelled_too(task: asyncio.Task[Any]) -> bool:
-    """Take back the one cancellation that came from us; true if there is another one."""
+    """Take back the cancellation that stopped the download; True if the job was cancelled too."""
     return hasattr(task, "uncancel") and task.uncancel() > 0  # Python 3.10 does not count them
 
 # %% ../../nbs/05c_pipeline.ipynb #the-pipeline-itself
 _BATCHES_IN_FLIGHT, _MIN_IN_FLIGHT = 3, 64  # most images in flight: 3 batches, but at least 64
-_SLOTS_PER_THREAD = 2  # one job gets half: one for each thread, so nothing queues behind it
+_SLOTS_PER_THREAD = 2  # one job gets at most half of the slots: `decode_workers`
 _THREAD_BYTES = 100_000_000  # of memory that each thread may take for an image
 _LARGE_BYTES = 1_000_000_000  # of memory that all larger images share
 _DECODE_TIMEOUT_S = 30  # for one image; those that are accepted take a few seconds of CPU time
@@ -135,13 +135,13 @@ class Pipeline:
         self._min_bytes = max_bytes_in_flight // self.in_flight  # the least that an image reserves
         self._load_text, self._tower = load_text, None
         self._tower_error: StartError | None = None
-        # One more, for a job that holds no slot.
+        # One thread more than one job has slots: a single job cannot occupy all threads.
         self._decode_count = decode_workers + 1
         self.watchdog = Watchdog(model_timeout_s)
         options = (self._decode_count, one_torch_thread, _DECODE_TIMEOUT_S)
         self.decode_pool = self.watchdog.decode_threads(*options)
         self._text_pool = self.watchdog.threads(1, "text", one_torch_thread)
-        runner = getattr(embedder, "runner", None)  # of a GPU: it takes the pixels one by one
+        runner = getattr(embedder, "runner", None)  # of a GPU: it takes a list of images
         self._join, at_once = (list, runner.options.in_flight) if runner else (_stack, 1)
         as_many = partial(torch_threads, torch.get_num_threads())
         prepare = one_torch_thread if runner else as_many
@@ -163,7 +163,7 @@ class Pipeline:
         while True:
             async with self.byte_budget.reserve(most, job) as reservation:
                 data = await self._fetch(url, reservation)
-                if data is None:  # evicted: another job needed the place
+                if data is None:  # evicted: another job needed the memory
                     continue
                 reservation.shrink_to(max(least, len(data)))
                 image = await self._prepare_in_turn(data, job)

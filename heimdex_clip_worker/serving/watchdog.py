@@ -86,7 +86,7 @@ class _Thread(threading.Thread):
             with self._lock:
                 self.call = None
             call.report(*outcome)
-            del call, outcome  # the thread that waits holds nothing
+            del call, outcome  # while the thread waits, it keeps nothing in memory
 
     def give_up(self, limit_s: float) -> _Call | None:
         """Give this thread up, and return its call, if that takes longer than `limit_s`."""
@@ -243,8 +243,10 @@ class _Threads:
         if error is not None:
             call.future.set_exception(error)
         else:
-            self.is_first = False
             call.future.set_result(result)
+            if self.is_first:
+                self.is_first = False
+                self._watchdog.restart_timer()  # guard: a longer limit ends with its call
 
     def _replace(self, thread: _Thread, call: _Call) -> None:
         """Fail the call of a thread that was given up, and start another thread."""
@@ -265,7 +267,7 @@ class _Threads:
 _CHECK_S = 0.5  # between two checks
 _REST_S = 0.05  # from the last call to the check that stops the timer
 _SILENCE_S = 3.0  # how long the checks may be late before the timer in C ends the process
-_EARLY_S = 1.0  # how much sooner it may come: a restart starts a thread in C, which takes 0.5 ms
+_EARLY_S = 1.0  # the timer may come this much too early: a restart starts a thread, 0.5 ms
 
 
 class Watchdog:
@@ -339,6 +341,11 @@ class Watchdog:
             self._next_check.cancel()
             # guard: a worker may be frozen right after a job
             self._next_check = self._loop.call_later(_REST_S, self._check)
+
+    def restart_timer(self) -> None:
+        """Restart the timer in C, if it runs: a limit has become shorter."""
+        if self.ends_process and self._timer_end:
+            self._set_timer()
 
     def rest(self) -> None:
         """Stop the checks and the timer if there is no call in hand: the event loop may end."""

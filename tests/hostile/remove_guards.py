@@ -282,6 +282,7 @@ WATCHDOG = [
     ("a thread's exit stays in its job", (r"except \(.*\)", "except ()")),
     ("Python waits for no thread", (r"daemon=True", "daemon=False")),
     ("the end needs no interpreter lock", SKIP),
+    ("a longer limit ends with its call", SKIP),
     ("what hangs is bounded", NEVER),
     ("a doomed process runs nothing", NEVER),
     ("a worker may be frozen right after a job", SKIP),

@@ -344,6 +344,28 @@ def test_the_timer_stops_right_after_the_last_call(monkeypatch):
     assert asyncio.run(is_checking()) == [True, False] * 2
 
 
+def test_a_longer_limit_ends_with_the_first_call(monkeypatch):
+    """The next call may hold the lock before any check has come."""
+    monkeypatch.setattr(watchdog_module, "_CHECK_S", 60)
+    ends = []
+
+    def note(after_s: float, **_: object) -> None:
+        ends.append(after_s)
+
+    monkeypatch.setattr(watchdog_module.faulthandler, "dump_traceback_later", note)
+
+    async def two_calls() -> None:
+        watchdog = Watchdog(10)
+        watchdog.ends_process = True
+        model = watchdog.threads(1, "model")
+        await model.run(int)
+        assert len(ends) == 2  # of the first call, and after it
+        await model.run(int)
+
+    asyncio.run(two_calls())
+    assert 42 < ends[0] <= 43 and 12 < ends[1] <= 13
+
+
 def test_an_idle_worker_has_no_timer_and_a_busy_one_has_one(monkeypatch):
     monkeypatch.setattr(watchdog_module, "_CHECK_S", 0.1)
 

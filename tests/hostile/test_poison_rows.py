@@ -519,6 +519,26 @@ def test_tls_records_after_a_response(what: str, tmp_path: Path) -> None:
     assert len(site.server.peers) == (1 if what == "tickets" else 2)
 
 
+def test_a_record_that_began_in_the_last_read_fits_too() -> None:
+    """What a read completes may be more than it has brought: all of it is decrypted."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_tls().wrap_bio(incoming, outgoing, server_side=True)
+    layer = connection._Tls(client_tls(), NAMES[0])
+    layer.receive(b"")
+    for _ in range(2):
+        incoming.write(layer.take_outgoing())
+        with contextlib.suppress(ssl.SSLWantReadError):
+            server.do_handshake()
+        layer.receive(outgoing.read())
+    sizes = [16_384] * 8 + [16_207]
+    for size in sizes:
+        server.write(bytes(size))
+    wire = outgoing.read()
+    assert len(layer.receive(wire[:16_405])) == 0 and len(wire) == 16_405 + connection._MORE_BYTES
+    assert len(layer.receive(wire[16_405:])) == sum(sizes)
+    assert not layer.is_ended and layer.is_silent()
+
+
 async def read_slowly(
     script: Script, size: int, complete: asyncio.Event, wait_s: float = 0.05
 ) -> tuple[int, bool]:
@@ -529,19 +549,19 @@ async def read_slowly(
         response, length = wire.send(b"GET / HTTP/1.1\r\n\r\n"), 0
         await response.read_head()
         await asyncio.sleep(wait_s)
-        with contextlib.suppress(DownloadError):  # Python 3.10 reads on, and sees what follows
-            async for part in response.read_parts(as_it_arrives=True):
+        with contextlib.suppress(DownloadError):
+            while part := await response.read(1):
                 length += len(part)
                 if length == size:
                     complete.set()
                 await asyncio.sleep(0.02)  # as if it was decompressed
-        is_kept = wire.finish()
+        is_kept = wire.finish() and wire.is_silent()
         wire.abort()
         await asyncio.sleep(0.02)
         return length, is_kept
 
 
-def test_a_response_that_tls_has_not_read_yet_is_seen() -> None:
+def test_a_response_that_nobody_has_decrypted_yet_is_seen() -> None:
     """Reading pauses at the end of a long body, so nobody has decrypted what follows."""
     size, complete = 220_000, asyncio.Event()
 
@@ -661,9 +681,12 @@ def test_what_is_given_back_to_a_closed_pool_is_closed() -> None:
 
             connections = pool.Pool(dial)
             request = b"GET /1 HTTP/1.1\r\n\r\n"
-            async with connections.exchange(("http", NAMES[0], 80), request) as response:
-                assert [part async for part in response.read_parts(as_it_arrives=False)] == [b"/1"]
+
+            async def read(response: connection.Response) -> None:
+                assert await response.read(99) == b"/1"
                 await connections.close()
+
+            await connections.exchange(("http", NAMES[0], 80), request, read)
             return await server.has_closed(0.2)
 
     assert asyncio.run(test())

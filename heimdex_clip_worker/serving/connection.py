@@ -483,29 +483,23 @@ class Connection(asyncio.BufferedProtocol):
         """Pass the bytes in the buffer to the response that they belong to."""
         self._received += nbytes
         data = self._buffer[:nbytes]
-        try:
-            if self._tls is not None:
-                data = self._tls.receive(data)
-                self._send_outgoing()
-                if self._tls.is_open and not self._opened.done():
-                    self._opened.set_result(None)
-            if data and self._response is None:
-                # guard: no bytes without a request
-                raise errors.BadResponse(detail="bytes without a request")
-            if data:
-                self._response.feed(data)
-                self._cause = self._response.error
-        except (OSError, errors.BadResponse) as error:
-            self._cause = error
+        if self._tls is not None:
+            data = self._decrypt(data)
+        if data and self._response is None:
+            detail = "bytes without a request"
+            self._cause = errors.BadResponse(detail=detail)  # guard: no bytes without a request
+        elif data:
+            self._response.feed(data)
+            self._cause = self._response.error
         if self._cause is not None:
             self.abort()
         elif self._tls is not None and self._tls.is_ended:
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the end of the connection."""
+        """Take the end of the connection, and let go of what is large."""
         self._cause = self._cause or exc
-        self._transport = None
+        self._transport, self._tls, self._buffer = None, None, memoryview(b"")
         if not self._opened.done():
             self._opened.set_exception(self._cause or ConnectionResetError())
         if self._response is not None:
@@ -558,6 +552,18 @@ class Connection(asyncio.BufferedProtocol):
         """True if neither side has ended the connection."""
         transport = self._transport
         return self._cause is None and transport is not None and not transport.is_closing()
+
+    def _decrypt(self, data: memoryview) -> memoryview:
+        """Decrypt what has arrived; an error ends the connection, and nothing has arrived."""
+        try:
+            data = self._tls.receive(data)
+        except OSError as error:
+            self._cause = error
+            return self._buffer[:0]
+        self._send_outgoing()
+        if self._tls.is_open and not self._opened.done():
+            self._opened.set_result(None)
+        return data
 
     def _send_outgoing(self) -> None:
         """Send what TLS has to send."""

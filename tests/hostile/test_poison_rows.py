@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import random
+import select
 import socket
 import ssl
 import threading
@@ -139,6 +140,29 @@ def test_bytes_that_wait_in_the_socket_are_no_response(scheme: str) -> None:
 
     assert asyncio.run(site.run(work)) == ["ok", "ok"]
     assert len(site.server.peers) == 2
+
+
+@pytest.mark.parametrize("what", ["a-byte", "the-end"])
+def test_what_only_the_socket_knows_of_is_seen(what: str) -> None:
+    """It comes after the event loop has looked, and before the next request."""
+
+    async def test() -> list[bool]:
+        options = {"tls": None, "host": NAMES[0]}
+        port = listener.getsockname()[1]
+        wire = await connection.Connection.open("127.0.0.1", port, **options)
+        with listener.accept()[0] as remote:
+            was_silent = wire.is_silent()
+            if what == "a-byte":
+                remote.send(b"x")
+            else:
+                remote.shutdown(socket.SHUT_WR)
+            select.select([wire._socket], [], [], 5)
+            is_silent = wire.is_silent()
+        wire.abort()
+        return [was_silent, is_silent]
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert asyncio.run(test()) == [True, False]
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -52,12 +52,14 @@ class _RecordCounter:
         self._total += len(data)
         if at < 0:  # it has begun before `data`
             data, at, start = self._carry + data, 0, self._next
+        count = 0
         while at + 5 <= len(data):
             self._last = start + at
             at += 5 + (data[at + 3] << 8) + data[at + 4]
-            self._count += 1
-        self._next, self._carry = start + at, bytes(data[at:])
+            count += 1
+        self._next, self._carry, self._count = start + at, bytes(data[at:]), self._count + count
         if self._before is not None:
+            _check_share(count * _RECORD_BYTES, len(data))  # guard: no read of tiny records
             _check_share(self._count * _RECORD_BYTES, self._total - self._before[0])
         elif self._total > _HANDSHAKE_BYTES:
             raise _Surplus("a handshake without end")
@@ -477,7 +479,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where to put what arrives next."""
-        return self._buffer[: _READ_BYTES if self._received < _CAUTIOUS_BYTES else _MORE_BYTES]
+        return self._buffer[:_READ_BYTES] if self._received < _CAUTIOUS_BYTES else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Pass the bytes in the buffer to the response that they belong to."""

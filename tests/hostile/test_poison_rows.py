@@ -563,6 +563,18 @@ def test_a_record_that_began_in_the_last_read_fits_too() -> None:
     assert not layer.is_ended and layer.is_silent()
 
 
+def test_much_data_allows_no_read_of_tiny_records() -> None:
+    """Each of them may cost OpenSSL 35 microseconds, and nothing else runs in that time."""
+    records = connection._RecordCounter()
+    records.expect_response()
+    for _ in range(640):
+        records.add(b"\x17\3\3\x40\x11" + bytes(16_401))
+        records.deliver(16_384)
+    records.add((b"\x17\3\3\0\x16" + bytes(22)) * 300)
+    with pytest.raises(connection._Surplus):
+        records.add((b"\x17\3\3\0\x16" + bytes(22)) * 2_000)
+
+
 async def read_slowly(
     script: Script, size: int, complete: asyncio.Event, wait_s: float = 0.05
 ) -> tuple[int, bool]:

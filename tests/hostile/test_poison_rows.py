@@ -575,6 +575,20 @@ def test_much_data_allows_no_read_of_tiny_records() -> None:
         records.add((b"\x17\3\3\0\x16" + bytes(22)) * 2_000)
 
 
+def test_a_request_that_cannot_be_encrypted_is_an_error_of_tls() -> None:
+    async def test() -> bool:
+        async with serving(rows_poison.respond, server_tls()) as server:
+            options = {"tls": client_tls(), "host": NAMES[0]}
+            wire = await connection.Connection.open("127.0.0.1", server.port, **options)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                wire._tls._object.unwrap()
+            with pytest.raises(errors.TlsError):
+                await wire.send(b"GET /1 HTTP/1.1\r\n\r\n").read_head()
+            return wire.finish()
+
+    assert not asyncio.run(test())
+
+
 async def read_slowly(
     script: Script, size: int, complete: asyncio.Event, wait_s: float = 0.05
 ) -> tuple[int, bool]:

@@ -466,6 +466,7 @@ class Connection(asyncio.BufferedProtocol):
         except BaseException:
             connection._opened.cancel()
             connection.abort()
+            del connection  # the exception refers to this frame, and it to the exception
             raise
         return connection
 
@@ -560,7 +561,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             data = self._tls.receive(data)
         except OSError as error:
-            self._cause = error
+            self._cause = error.with_traceback(None)  # it refers to this object
             return self._buffer[:0]
         self._send_outgoing()
         if self._tls.is_open and not self._opened.done():

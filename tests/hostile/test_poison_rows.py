@@ -674,6 +674,26 @@ def test_a_response_on_a_kept_connection_is_not_kept(scheme: str) -> None:
     assert alive == []
 
 
+def test_a_handshake_that_fails_leaves_no_connection_behind() -> None:
+    """It has large buffers, and an exception that refers to it would keep it until a collection."""
+
+    async def test() -> int:
+        async with serving(rows_poison.respond, server_tls()) as server:
+            options = {"tls": download._make_ssl_context(), "host": NAMES[0]}
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await connection.Connection.open("127.0.0.1", server.port, **options)
+            await asyncio.sleep(0.05)
+            kinds = (connection.Connection, connection._Tls)
+            return sum(isinstance(each, kinds) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(test()) == 0
+    finally:
+        gc.enable()
+
+
 class Busy:
     """A host that refuses while `refuses` is true; it counts the requests at a time."""
 

@@ -10,7 +10,6 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httptools
@@ -21,84 +20,60 @@ from .. import errors
 __all__ = ['Response', 'resuming_context', 'Connection']
 
 # %% ../../nbs/02e_connection.ipynb #counting-socket
-_READ_BYTES, _MORE_BYTES = 16_384, 65_536  # at a time; the latter after 64 KiB of data
-_PARTIAL_BYTES = 16_640  # of a record, that OpenSSL holds besides asyncio
 _HANDSHAKE_BYTES = 131_072  # OpenSSL allows certificates of 100 kB
 _RECORD_BYTES = 21  # in a record besides its data, at least
 _TLS_BYTES, _TLS_SHARE = 8_192, 32  # besides the data: 8 KiB, and one byte for 32
-_HELD_BYTES = 262_144  # that asyncio's TLS layer may hold before a read
 
 
 class _Surplus(OSError):
     """TLS brings too many bytes that are no data."""
 
 
-class _Socket(socket.socket):
-    """A socket that limits the bytes that TLS adds to the data."""
+class _RecordCounter:
+    """Counts the TLS records that arrive, and limits the bytes in them that are no data."""
 
-    is_plain = False
-    delivered = 0  # bytes of data
-    _before: tuple[int, int] | None = None  # bytes, and data, when this response began
-    _total, _count = 0, 0  # bytes; records of this response
-    _last, _next, _carry = 0, 0, b""  # begin of the last record, its end; 4 bytes
-
-    def connected(self, *, is_plain: bool) -> None:
-        """Begin to expect data: the handshake, if there is one, has ended."""
-        self.is_plain = is_plain
-        self.expect_response()
+    def __init__(self) -> None:
+        self._total, self._delivered = 0, 0  # bytes from the wire; bytes of data
+        self._last, self._next, self._carry = 0, 0, b""  # begin of the last record, its end; rest
+        self._before: tuple[int, int] | None = None  # bytes, and data, when this response began
+        self._count = 0  # records of this response
 
     def expect_response(self) -> None:
         """Begin to count anew: the limits are those of one response."""
-        self._before, self._count = (self._complete(), self.delivered), 0
+        self._before, self._count = (self._complete(), self._delivered), 0
 
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Read into `buffer`; raise _Surplus."""
-        if not self.is_plain:
-            self._check_received()
-        size = _READ_BYTES if self.delivered < _MORE_BYTES else _MORE_BYTES
-        size = super().recv_into(buffer, min(nbytes or len(buffer), size), flags)
-        if not self.is_plain:
-            self._count_records(memoryview(buffer)[:size])
-        return size
+    def is_complete(self) -> bool:
+        """True if there is no part of a record."""
+        return self._next == self._total
 
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """Read up to `bufsize` bytes: Python 3.10 does so beneath TLS; raise _Surplus."""
-        buffer = bytearray(min(bufsize, _MORE_BYTES))
-        return bytes(buffer[: self.recv_into(buffer, flags=flags)])
+    def add(self, data: bytes | memoryview) -> None:
+        """Find the records in bytes from the wire; raise _Surplus if they are too small."""
+        at, start = self._next - self._total, self._total  # of the next header, in `data`
+        self._total += len(data)
+        if at < 0:  # it has begun before `data`
+            data, at, start = self._carry + data, 0, self._next
+        count = 0
+        while at + 5 <= len(data):
+            self._last = start + at
+            at += 5 + (data[at + 3] << 8) + data[at + 4]
+            count += 1
+        self._next, self._carry, self._count = start + at, bytes(data[at:]), self._count + count
+        if self._before is not None:
+            _check_share(count * _RECORD_BYTES, len(data))  # guard: no read of tiny records
+            _check_share(self._count * _RECORD_BYTES, self._total - self._before[0])
+        elif self._total > _HANDSHAKE_BYTES:
+            raise _Surplus("a handshake without end")
 
-    def is_silent(self) -> bool:
-        """True if nothing waits to be read: no byte, no end, and no half of a TLS record."""
-        if not self.is_plain and self._next != self._total:
-            return False
-        try:
-            super().recv(1, socket.MSG_PEEK)
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
-        return False
+    def deliver(self, size: int) -> None:
+        """Count data that the records have brought; raise _Surplus if it is too little."""
+        self._delivered += size
+        before, data_before = self._before
+        data = self._delivered - data_before
+        _check_share(self._complete() - before - data, data)
 
     def _complete(self) -> int:
         """Count the bytes of the records that are complete."""
         return self._last if self._next > self._total else self._next
-
-    def _count_records(self, data: memoryview) -> None:
-        """Find the TLS records in `data`; raise _Surplus if they are too small."""
-        start, self._total = self._total, self._total + len(data)
-        while self._next + 5 <= self._total:
-            at = self._next - start  # of the header; it may have begun before `data`
-            header = data[at : at + 5] if at >= 0 else self._carry[at:] + bytes(data[: at + 5])
-            length = 5 + int.from_bytes(header[3:], "big")
-            self._last, self._next, self._count = self._next, self._next + length, self._count + 1
-        self._carry = (self._carry + bytes(data[-4:]))[-4:]
-        if self._before is not None:
-            _check_share(self._count * _RECORD_BYTES, self._total - self._before[0])
-
-    def _check_received(self) -> None:
-        """Raise _Surplus if the records that TLS has read brought too little data."""
-        if self._before is not None:
-            size, data = self._complete() - self._before[0], self.delivered - self._before[1]
-            _check_share(size - data - _HELD_BYTES, data)
-        elif self._total > _HANDSHAKE_BYTES:
-            raise _Surplus("a handshake without end")
 
 
 def _check_share(surplus: int, size: int) -> None:
@@ -112,7 +87,9 @@ _MAX_HEADERS, _MAX_INTERIM = 128, 16  # interim: with a status of 1xx, before th
 _MAX_DIGITS = 20  # of a length, zeros before it included
 _HEAD_BYTES = 65_536  # before a body
 _FRAMING_BYTES, _FRAMING_SHARE = 8_192, 16  # within it: 8 KiB, and one byte for 16 of the body
-_READY_BYTES = 65_536  # of a body, that are passed on together
+_WAITING_BYTES = 65_536  # of a body, that may wait for the reader unless it wants more
+_PIECE_BYTES = 4_096  # smaller pieces of a body are joined
+_STRICT_BYTES = 16_384  # of a head, that are read again; a longer one ends its connection
 _LINE_END = re.compile(rb"\n(?=[^ \t])")  # a line that begins with a blank continues the last one
 _START, _FOLDED = re.compile(rb"[\r\n]*HTTP/1\."), re.compile(rb"\n[ \t]")
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -139,7 +116,8 @@ class Response:
         self._headers: dict[bytes, list[bytes]] = {}  # by name in lower case
         self._head, self._line, self._tail = bytearray(), b"", b""
         self._received, self._before_body, self._interim, self._count = 0, 0, 0, 0
-        self._body, self._size, self._parts = 0, 0, []  # bytes, those that are not read yet, these
+        self._body, self._size = 0, 0  # bytes of the body; those that are not read yet
+        self._parts: list[bytes | bytearray] = []  # these
         self._is_complete, self._may_be_kept = False, False
         self._error: BaseException | None = None
         self._wanted = 0  # bytes of the body that the reader waits for
@@ -165,18 +143,19 @@ class Response:
         while self.status is None:
             await self._wait_for_bytes()
 
-    async def read_parts(self, *, as_it_arrives: bool) -> AsyncIterator[bytes]:
-        """Yield the body `as_it_arrives` or in parts of 64 KiB; raise DownloadError subclasses."""
-        self._wanted = 1 if as_it_arrives else _READY_BYTES
-        while True:
-            if self._parts and (self._is_complete or self._size >= self._wanted):
-                part, self._parts, self._size = b"".join(self._parts), [], 0
-                yield part
-            elif self._is_complete and self._error is None:
-                return
-            else:
-                self._resume()
-                await self._wait_for_bytes()
+    async def read(
+        self,
+        size: int,  # bytes, 1 or more
+    ) -> bytes:  # empty at the end
+        """Read what has arrived of the body: `size` bytes or more, or all; raise DownloadError."""
+        self._wanted = size
+        while self._size < size and not self._is_complete:
+            self._resume()
+            await self._wait_for_bytes()
+        if self._error is not None:
+            raise self._error
+        body, self._parts, self._size = b"".join(self._parts), [], 0
+        return body
 
     def is_exact(self) -> bool:
         """True if the bytes are exactly this response, and its head allows another request."""
@@ -191,8 +170,8 @@ class Response:
         """Parse bytes from the wire. The reader raises what is wrong with them."""
         self._received += len(data)
         try:
-            if self.status is None:
-                self._head += data
+            if self.status is None and len(self._head) < _STRICT_BYTES:
+                self._head += data[:_STRICT_BYTES]
             self._parser.feed_data(data)
             if self.status is None:
                 self._check_line(bytes(data))
@@ -204,7 +183,8 @@ class Response:
         except errors.DownloadError as error:
             self._fail(error)
         self._tail = (self._tail + bytes(data[-8:]))[-8:]
-        if self._size >= _READY_BYTES and not self._is_paused:  # guard: no more than is read
+        # guard: no more than is read
+        if not self._is_paused and self._size >= max(self._wanted, _WAITING_BYTES):
             self._transport.pause_reading()
             self._is_paused = True
         self._notify()
@@ -223,7 +203,6 @@ class Response:
         elif not self._is_complete and self.has_length():
             self._fail(errors.BadResponse(detail="a body that is cut short"))
         self._is_complete = True
-        self._is_paused = False  # Python 3.10 would fail to resume
         self._notify()
 
     def detach(self) -> None:
@@ -285,8 +264,13 @@ class Response:
 
     def on_body(self, data: bytes) -> None:
         """Take a part of the body."""
-        self._parts.append(data)
         self._size, self._body = self._size + len(data), self._body + len(data)
+        if len(data) >= _PIECE_BYTES:  # guard: tiny pieces are joined
+            self._parts.append(data)
+        elif self._parts and isinstance(self._parts[-1], bytearray):
+            self._parts[-1] += data
+        else:
+            self._parts.append(bytearray(data))
 
     def on_message_complete(self) -> None:
         """Take the end of a response."""
@@ -310,13 +294,14 @@ class Response:
 
     def _is_as_long_as_it_says(self) -> bool:
         """True if a strict head and its body are exactly the bytes that were received."""
-        head, blank, _ = bytes(self._head).partition(b"\r\n\r\n")
-        if not blank or not head.startswith(b"HTTP/1.1 ") or _FOLDED.search(head):
+        end = self._head.find(b"\r\n\r\n") + 4
+        head = self._head[:end]
+        if end < 4 or not head.startswith(b"HTTP/1.1 ") or _FOLDED.search(head):
             return False
         if not head.count(b"\n") == head.count(b"\r") == head.count(b"\r\n"):
             return False
         if length := self.values("content-length"):
-            return self._received == len(head) + len(blank) + int(length[0])
+            return self._received == end + int(length[0])
         return self._tail.endswith(b"\r\n0\r\n\r\n")  # the last chunk
 
     def _fail(self, error: BaseException) -> None:
@@ -352,7 +337,7 @@ _SESSION_S, _MAX_SESSIONS = 300.0, 128
 
 
 class _ResumingContext(ssl.SSLContext):
-    """A client's context that resumes the last session with a host, if the server allows it."""
+    """A client's context that keeps the last session with each host."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__()
@@ -370,35 +355,91 @@ class _ResumingContext(ssl.SSLContext):
         if len(self._sessions) > _MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
 
-    def wrap_bio(
-        self,
-        incoming: ssl.MemoryBIO,
-        outgoing: ssl.MemoryBIO,
-        server_side: bool = False,
-        server_hostname: str | bytes | None = None,
-        session: ssl.SSLSession | None = None,
-    ) -> ssl.SSLObject:
-        """Make the TLS side of a connection: asyncio calls this."""
-        kept, until = self._sessions.get(server_hostname, (None, 0.0))
-        session = kept if time.monotonic() < until else session  # guard: sessions expire
-        return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+    def recall(self, host: str) -> ssl.SSLSession | None:
+        """Return the session to resume with a host."""
+        session, until = self._sessions.get(host, (None, 0.0))
+        return session if time.monotonic() < until else None  # guard: sessions expire
 
 
 def resuming_context() -> ssl.SSLContext:
     """Make a client's context that resumes the last session with each host."""
     return _ResumingContext(ssl.PROTOCOL_TLS_CLIENT)
 
+# %% ../../nbs/02e_connection.ipynb #tls-layer
+_READ_BYTES, _MORE_BYTES = 16_384, 131_072  # at a time, the latter later:
+_CAUTIOUS_BYTES = 65_536  # after so many bytes of a connection
+_PARTIAL_BYTES = 16_640  # of a record, that OpenSSL may hold: its end is still to come
+
+
+class _Tls:
+    """The TLS layer of a connection: OpenSSL between two buffers, and the limits."""
+
+    def __init__(self, context: ssl.SSLContext, host: str):
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = context.recall(host) if isinstance(context, _ResumingContext) else None
+        self._object = context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=host, session=session
+        )
+        # guard: room for a part of a record
+        self._data = memoryview(bytearray(_MORE_BYTES + _PARTIAL_BYTES))
+        self._records = _RecordCounter()
+        self._is_remembered = False
+        self.is_open, self.is_ended = False, False  # the handshake has ended; the server has
+
+    def receive(
+        self,
+        data: bytes | memoryview,  # from the wire, up to 128 KiB; empty: begin the handshake
+    ) -> memoryview:  # the data in it, valid until the next call
+        """Decrypt all complete records; raise _Surplus or ssl.SSLError."""
+        self._records.add(data)
+        self._incoming.write(data)
+        size = 0
+        try:
+            if not self.is_open:
+                self._object.do_handshake()
+                self.is_open = True
+                self._records.expect_response()
+            while self._incoming.pending and not self.is_ended:
+                count = self._object.read(_PARTIAL_BYTES, self._data[size:])
+                size, self.is_ended = size + count, count == 0
+        except ssl.SSLWantReadError:
+            pass  # OpenSSL holds a part of a record
+        if self.is_open:
+            self._records.deliver(size)
+        return self._data[:size]
+
+    def encrypt(self, request: bytes) -> None:
+        """Encrypt a request; raise ssl.SSLError."""
+        self._records.expect_response()
+        self._object.write(request)
+
+    def take_outgoing(self) -> bytes:
+        """Take the bytes that are to be sent."""
+        return self._outgoing.read() if self._outgoing.pending else b""
+
+    def is_silent(self) -> bool:
+        """True if OpenSSL holds no part of a record."""
+        return self._records.is_complete()
+
+    def remember(self) -> None:
+        """Keep the session for the next connection, once: OpenSSL copies it in 0.5 ms."""
+        context = self._object.context
+        if not self._is_remembered and isinstance(context, _ResumingContext):
+            context.remember(self._object)
+        self._is_remembered = True
+
 # %% ../../nbs/02e_connection.ipynb #connection-class
 class Connection(asyncio.BufferedProtocol):
     """A connection to one host, for one request at a time."""
 
-    def __init__(self, tcp_socket: _Socket):
-        self._socket = tcp_socket
-        self._buffer = memoryview(bytearray(_MORE_BYTES + _PARTIAL_BYTES))  # what has just arrived
+    def __init__(self, tcp_socket: socket.socket, tls: _Tls | None):
+        self._socket, self._tls = tcp_socket, tls
+        self._buffer = memoryview(bytearray(_MORE_BYTES))  # what has just arrived
+        self._received = 0  # bytes
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.Transport | None = None
         self._response: Response | None = None  # to the request that is under way
         self._cause: BaseException | None = None  # of the end
-        self._is_remembered = False  # its TLS session
 
     @classmethod
     async def open(
@@ -410,65 +451,77 @@ class Connection(asyncio.BufferedProtocol):
         host: str,  # the name that the certificate must have
     ) -> Connection:
         """Connect to `address`; raise OSError, of which ssl.SSLError is one kind."""
-        loop, tcp_socket = asyncio.get_running_loop(), _Socket(socket.AF_INET, socket.SOCK_STREAM)
-        connection = cls(tcp_socket)
+        loop = asyncio.get_running_loop()
+        tcp_socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             tcp_socket.setblocking(False)
             await loop.sock_connect(tcp_socket, (address, port))
+            connection = cls(tcp_socket, tls and _Tls(tls, host))
         except BaseException:
             tcp_socket.close()
             raise
-        options = {} if tls is None else {"ssl": tls, "server_hostname": host}
         try:
-            await loop.create_connection(lambda: connection, sock=tcp_socket, **options)
+            await loop.create_connection(lambda: connection, sock=tcp_socket)
+            await connection._opened
         except BaseException:
-            if connection._transport is not None:
-                connection.abort()  # asyncio would wait 30 s for the server's close_notify
+            connection._opened.cancel()
+            connection.abort()
+            del connection  # the exception refers to this frame, and it to the exception
             raise
         return connection
 
     def connection_made(self, transport: Any) -> None:
-        """Take the transport; the handshake, if there is one, has ended."""
+        """Begin the handshake, if there is one."""
         self._transport = transport
-        self._socket.connected(is_plain=transport.get_extra_info("sslcontext") is None)
+        if self._tls is None:
+            self._opened.set_result(None)
+        else:
+            self.buffer_updated(0)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where to put what arrives next."""
-        # guard: room for what waited during a pause
-        if (size := max(sizehint, _MORE_BYTES) + _PARTIAL_BYTES) != len(self._buffer):
-            self._buffer = memoryview(bytearray(size))  # the end brings the rest at once
-        return self._buffer
+        return self._buffer[:_READ_BYTES] if self._received < _CAUTIOUS_BYTES else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Pass the bytes in the buffer to the response that they belong to."""
-        self._socket.delivered += nbytes
-        if self._cause is not None:
-            return
-        if self._response is None:
+        self._received += nbytes
+        data = self._buffer[:nbytes]
+        if self._tls is not None:
+            data = self._decrypt(data)
+        if data and self._response is None:
             detail = "bytes without a request"
             self._cause = errors.BadResponse(detail=detail)  # guard: no bytes without a request
-        else:
-            self._response.feed(self._buffer[:nbytes])
+        elif data:
+            self._response.feed(data)
             self._cause = self._response.error
-        if self._cause is not None:  # asyncio's TLS layer does not bear an end within this call
-            # guard: the end comes after the call
-            asyncio.get_running_loop().call_soon(self.abort)
+        if self._cause is not None:
+            self.abort()
+        elif self._tls is not None and self._tls.is_ended:
+            self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the end of the connection."""
+        """Take the end of the connection, and let go of what is large."""
         self._cause = self._cause or exc
-        self._transport = None  # it refers to this object, and has large buffers
+        self._transport, self._tls, self._buffer = None, None, memoryview(b"")
+        if not self._opened.done():
+            self._opened.set_exception(self._cause or ConnectionResetError())
         if self._response is not None:
             self._response.end(self._cause)
 
     def send(self, request: bytes) -> Response:
         """Send a request; return the response, of which nothing has arrived yet."""
         self._response = Response(self._transport)
-        self._socket.expect_response()
         if self._transport is None:
             self._response.end(self._cause)
-        else:
+        elif self._tls is None:
             self._transport.write(request)
+        else:
+            try:
+                self._tls.encrypt(request)
+                self._send_outgoing()
+            except ssl.SSLError as error:
+                self._cause = error
+                self.abort()
         return self._response
 
     def finish(self) -> bool:
@@ -476,32 +529,46 @@ class Connection(asyncio.BufferedProtocol):
         response, self._response = self._response, None
         is_exact = response.is_exact()
         response.detach()
-        tls = self._transport and self._transport.get_extra_info("ssl_object")
-        if not self._is_remembered and isinstance(getattr(tls, "context", None), _ResumingContext):
-            tls.context.remember(tls)
-            self._is_remembered = True  # once: OpenSSL copies a session in 0.5 ms
-        return is_exact and self.is_silent()
+        if self._tls is not None:
+            self._tls.remember()
+        return is_exact and self._is_open()
 
     def is_silent(self) -> bool:
         """True if the connection is open, and nothing waits to be read."""
-        if self._cause is not None or self._transport is None or self._transport.is_closing():
+        if not self._is_open():
             return False
-        tls = self._transport.get_extra_info("ssl_object")
-        is_drained = tls is None or _is_drained(tls)  # guard: nothing waits in the TLS layer
-        return is_drained and self._socket.is_silent()  # guard: nothing waits in the socket
+        # guard: nothing waits in the TLS layer
+        if self._tls is not None and not self._tls.is_silent():
+            return False
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        return False  # guard: nothing waits in the socket
 
     def abort(self) -> None:
         """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 
+    def _is_open(self) -> bool:
+        """True if neither side has ended the connection."""
+        transport = self._transport
+        return self._cause is None and transport is not None and not transport.is_closing()
 
-def _is_drained(tls: ssl.SSLObject) -> bool:
-    """True if the TLS layer holds no data; what it held is lost otherwise."""
-    try:
-        tls.read(1)  # asyncio may not have decrypted what arrived while reading paused
-    except ssl.SSLWantReadError:
-        return True
-    except ssl.SSLError:
-        pass
-    return False
+    def _decrypt(self, data: memoryview) -> memoryview:
+        """Decrypt what has arrived; an error ends the connection, and nothing has arrived."""
+        try:
+            data = self._tls.receive(data)
+        except OSError as error:
+            self._cause = error.with_traceback(None)  # it refers to this object
+            return self._buffer[:0]
+        self._send_outgoing()
+        if self._tls.is_open and not self._opened.done():
+            self._opened.set_result(None)
+        return data
+
+    def _send_outgoing(self) -> None:
+        """Send what TLS has to send."""
+        if data := self._tls.take_outgoing():
+            self._transport.write(data)

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 from urllib.parse import urljoin, urlsplit
 
@@ -97,13 +98,16 @@ class Target:
     url: str = field(repr=False)  # what is sent: path and query as given
 
 # %% ../../nbs/03_download.ipynb #check-text
+_PRINTABLE = re.compile(r"[!-~]+")
+
+
 def _check_text(url: object) -> None:
     """Raise InvalidUrl unless `url` is a short text of printable ASCII without backslashes."""
     # guard: length of a URL
     if not isinstance(url, str) or not 0 < len(url) <= MAX_URL:
         raise errors.InvalidUrl(f"Invalid URL (1 to {MAX_URL:,} characters are allowed)")
     # guard: printable ASCII, no backslash
-    if not re.fullmatch(r"[!-~]+", url) or "\\" in url:
+    if not _PRINTABLE.fullmatch(url) or "\\" in url:
         raise errors.InvalidUrl(
             "Invalid URL (printable ASCII without spaces and backslashes is allowed)"
         )
@@ -113,6 +117,7 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
+@lru_cache(maxsize=1024)  # most images come from one or two hosts
 def _is_address(host: str) -> bool:
     """True if `host` is an IPv4 address, false if it is a DNS name; raise InvalidUrl otherwise."""
     labels = host.split(".")
@@ -143,14 +148,14 @@ def _split_url(url: str) -> tuple[str, str, int, str]:  # scheme, host, port, pa
     """Split `url` if two parsers read it alike; raise InvalidUrl otherwise."""
     try:
         parts, other = urlsplit(url), URL(url, encoded=True)
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+        host, port = parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)
         other_host = (other.raw_host or "").lower()
-        agree = (parts.scheme, parts.hostname, port) == (other.scheme, other_host, other.port)
+        agree = (parts.scheme, host, port) == (other.scheme, other_host, other.port)
     except (ValueError, LookupError) as error:  # yarl raises IndexError on "http://@]"
         raise errors.InvalidUrl(detail="a parser refuses it") from error
     if parts.scheme not in ("http", "https"):  # guard: http and https
         raise errors.InvalidUrl("Invalid URL (http and https are allowed)")
-    if not agree or not parts.hostname or "@" in parts.netloc:  # guard: two parsers agree, no user
+    if not agree or not host or "@" in parts.netloc:  # guard: two parsers agree, no user
         raise errors.InvalidUrl("Invalid URL (host, port or user name)")
     path = url.split("#")[0].split("://", 1)[1][len(parts.netloc) :]
     path = path if path.startswith("/") else f"/{path}"
@@ -158,7 +163,7 @@ def _split_url(url: str) -> tuple[str, str, int, str]:  # scheme, host, port, pa
         path = other.raw_path_qs
     if other.raw_path_qs != path:
         raise errors.InvalidUrl(detail="a parser changes the path")
-    return parts.scheme, parts.hostname, port, path
+    return parts.scheme, host, port, path
 
 # %% ../../nbs/03_download.ipynb #check-url
 def check_url(url: str, policy: AddressPolicy) -> Target:
@@ -392,19 +397,17 @@ def _too_large(size: int | None, max_bytes: int) -> errors.ImageTooLarge:
 _PART_BYTES = 65_536  # a part has at least so many bytes, except for the last
 
 
-class _Body:
-    """Collects and decompresses a body within a limit."""
+class _Gunzip:
+    """Decompresses a body within a limit."""
 
-    def __init__(self, *, is_gzip: bool, max_bytes: int):
-        self._gzip = zlib.decompressobj(wbits=31) if is_gzip else None
+    def __init__(self, max_bytes: int):
+        self._gzip = zlib.decompressobj(wbits=31)
         self._parts, self._part = [], bytearray()
         self._size, self._wire_size, self._max = 0, 0, max_bytes
 
     async def add(self, chunk: bytes) -> None:
         """Add bytes as they arrived; raise ImageTooLarge or BadResponse."""
         self._wire_size += len(chunk)
-        if self._gzip is None:
-            return self._keep(chunk)
         is_full = False  # True if zlib may hold more than it has returned
         while chunk or (is_full and not self._gzip.eof):
             room = min(self._max + 1 - self._size, _PART_BYTES)
@@ -422,7 +425,7 @@ class _Body:
 
     def end(self) -> bytes:
         """Return the complete body; raise BadResponse if its gzip is incomplete."""
-        if self._gzip and not self._gzip.eof:  # guard: gzip ends with the body
+        if not self._gzip.eof:  # guard: gzip ends with the body
             raise errors.BadResponse(detail="gzip that is cut short")
         return b"".join([*self._parts, self._part])
 
@@ -456,10 +459,21 @@ async def _read_body(response: connection.Response, scheme: str, max_bytes: int)
         raise errors.BadResponse(
             detail="https without a length: anybody on the way could cut it short"
         )
-    body = _Body(is_gzip=is_gzip, max_bytes=max_bytes)
+    if is_gzip:
+        return await _read_gzip(response, max_bytes)
+    body = await response.read(max_bytes + 1)
+    if len(body) > max_bytes:  # guard: bytes as sent
+        del body  # an exception refers to this frame, and may live long
+        raise _too_large(None, max_bytes)
+    return body
+
+
+async def _read_gzip(response: connection.Response, max_bytes: int) -> bytes:
+    """Read and decompress a body; raise DownloadError subclasses."""
+    body = _Gunzip(max_bytes)
     try:
-        async for part in response.read_parts(as_it_arrives=is_gzip):
-            await body.add(part)
+        while chunk := await response.read(1):
+            await body.add(chunk)
         return body.end()
     finally:
         body.clear()  # an exception refers to this frame, and may live long
@@ -509,7 +523,8 @@ async def _request(
         "Accept: */*\r\nAccept-Encoding: identity\r\nConnection: keep-alive\r\n\r\n"
     )
     host = (target.scheme, target.host, target.port)
-    async with pool.exchange(host, request.encode("ascii")) as response:
+
+    async def read(response: connection.Response) -> bytes | list[str] | float:
         if response.status in _REDIRECTS:
             return response.values("location")
         if response.status in (429, 503):
@@ -517,6 +532,8 @@ async def _request(
             if wait_s is not None and time.monotonic() + wait_s < until:
                 return wait_s
         return await _read_body(response, target.scheme, max_bytes)
+
+    return await pool.exchange(host, request.encode("ascii"), read)
 
 # %% ../../nbs/03_download.ipynb #fetcher
 class Fetcher:

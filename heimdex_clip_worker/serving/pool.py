@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .. import errors
 from .connection import Connection, Response
@@ -59,6 +59,7 @@ class _Pooled:
     expiry: asyncio.TimerHandle | None = None  # while it is idle
 
 # %% ../../nbs/02f_pool.ipynb #pool-class
+_Result = TypeVar("_Result")
 _REFUSALS = (429, 503)
 _MAX_HOSTS = 1000  # hosts that are remembered
 
@@ -80,10 +81,15 @@ class Pool:
         self._hosts: dict[_Host, _HostState] = {}
         self._idle: dict[_Pooled, None] = {}  # the one that is idle longest comes first
 
-    @asynccontextmanager
-    async def exchange(self, host: _Host, request: bytes) -> AsyncIterator[Response]:
-        """Send a GET; yield the response when its head is there; raise DownloadError subclasses."""
-        for is_new in (False, True):
+    async def exchange(
+        self,
+        host: _Host,
+        request: bytes,
+        read: Callable[[Response], Awaitable[_Result]],  # called when the head is there
+    ) -> _Result:
+        """Send a GET; return what `read` returns; raise DownloadError subclasses."""
+        is_new = False
+        while True:
             pooled = await self._take(host, is_new=is_new)
             is_good = False  # guard: what is refused ends the connection
             sent_at = time.monotonic()
@@ -94,15 +100,15 @@ class Pool:
                 except (errors.ConnectFailed, errors.TlsError):
                     # guard: one repeat, if the server closed a kept connection
                     if pooled.is_reused and not response.has_begun:
+                        is_new = True
                         continue
                     raise
                 self._adapt(pooled.state, response.status, sent_at)
-                yield response
+                result = await read(response)
                 is_good = True
-                return
+                return result
             finally:
                 self._give_back(pooled, is_good=is_good)
-
     async def close(self) -> None:
         """Close the idle connections, and those that are given back from now on."""
         self._max_idle = 0

@@ -13,10 +13,13 @@ import ssl
 import threading
 import time
 import tracemalloc
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from ipaddress import IPv4Address, ip_network
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -26,6 +29,7 @@ from raw_server import repeat, send, serve
 
 from heimdex_clip_worker.errors import BadResponse, DownloadError, UrlNotAllowed
 from heimdex_clip_worker.serving import download
+from heimdex_clip_worker.serving.connection import Response
 from heimdex_clip_worker.serving.download import (
     AddressPolicy,
     Fetcher,
@@ -486,27 +490,51 @@ def test_a_url_is_checked_before_its_name_is_resolved(url):
         check_url(url, AddressPolicy())
 
 
-def test_a_body_in_tiny_chunks_takes_little_more_memory_than_its_length():
-    body = download._Body(is_gzip=False, max_bytes=1 << 20)
+TINY = [bytes([i & 255, i >> 16]) for i in range(200_000)]
+WHOLE = b"".join(TINY)
 
-    async def add_all() -> None:
-        for i in range(200_000):
-            await body.add(bytes([i & 255, i >> 16]))
 
+def peak_of(work: Callable[[], bytes]) -> int:
+    """Measure the memory that it takes to collect the bytes of `TINY`."""
     tracemalloc.start()
-    asyncio.run(add_all())
-    whole = body.end()
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert whole == b"".join(bytes([i & 255, i >> 16]) for i in range(200_000))
-    assert peak < 3 * len(whole), peak
+    try:
+        assert work() == WHOLE
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_body_in_tiny_pieces_takes_little_more_memory_than_its_length():
+    response = Response(Mock())
+    response.feed(b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n")
+
+    def receive() -> bytes:
+        for piece in TINY:
+            response.feed(piece)
+        return asyncio.run(response.read(400_000))
+
+    assert peak_of(receive) < 6 * 400_000  # 14 million bytes if each piece was kept
+
+
+def test_gzip_in_tiny_chunks_takes_little_more_memory_than_its_length():
+    packer = zlib.compressobj(0, wbits=31)
+    chunks = [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in TINY]
+    chunks.append(packer.flush())
+
+    async def unpack() -> bytes:
+        body = download._Gunzip(max_bytes=1 << 22)
+        for chunk in chunks:
+            await body.add(chunk)
+        return body.end()
+
+    assert peak_of(lambda: asyncio.run(unpack())) < 6 * 400_000
 
 
 def test_the_first_byte_after_the_gzip_ends_the_fetch():
     packed = gzip.compress(b"photo")
 
     async def add(*chunks: bytes) -> None:
-        body = download._Body(is_gzip=True, max_bytes=1000)
+        body = download._Gunzip(1000)
         for chunk in chunks:
             await body.add(chunk)
 
@@ -520,7 +548,7 @@ def test_decompression_lets_others_have_their_turn():
     bomb = gzip.compress(bytes(10_000_000))  # 10 kB
 
     async def count_turns() -> int:
-        body, turns = download._Body(is_gzip=True, max_bytes=10_000_000), 0
+        body, turns = download._Gunzip(10_000_000), 0
         work = asyncio.create_task(body.add(bomb))
         while not work.done():
             await asyncio.sleep(0)
@@ -538,7 +566,7 @@ def test_gzip_ends_whatever_its_pieces():
         packed = gzip.compress(data)
 
         async def unpack(step: int, data=data, packed=packed) -> bytes:
-            body = download._Body(is_gzip=True, max_bytes=max(len(data), len(packed)))
+            body = download._Gunzip(max(len(data), len(packed)))
             for start in range(0, len(packed), step):
                 await body.add(packed[start : start + step])
             return body.end()

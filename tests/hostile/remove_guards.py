@@ -66,11 +66,17 @@ TESTS = {
     "preprocess": [f"{HOSTILE}/test_image_rows.py", "tests/serving/test_decode.py"],
     "cuda": ["tests/model/test_cuda.py"],
     "image": [
-        "tests/serving/test_decode.py", "tests/model/test_embed.py", "tests/model/test_cuda.py",
+        "tests/serving/test_decode.py",
+        "tests/model/test_embed.py",
+        "tests/model/test_cuda.py",
     ],
     "budget": [f"{HOSTILE}/test_many_rows.py"],
     "watchdog": ["tests/serving/test_watchdog.py", f"{HOSTILE}/test_fault_rows.py"],
-    "batcher": [f"{HOSTILE}/test_fault_rows.py", "tests/model/test_cuda.py"],
+    "batcher": [
+        "tests/serving/test_batcher.py",
+        f"{HOSTILE}/test_fault_rows.py",
+        "tests/model/test_cuda.py",
+    ],
     "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
     "intake": ["tests/serving/test_intake.py"],
     "handler": [
@@ -97,7 +103,9 @@ TESTS = {
     "endpoint": ["tests/test_client.py"],
     "settings": ["tests/project/test_settings.py"],
     "process": [
-        "tests/serving/test_host.py", "tests/serving/test_intake.py", f"{HOSTILE}/test_log.py",
+        "tests/serving/test_host.py",
+        "tests/serving/test_intake.py",
+        f"{HOSTILE}/test_log.py",
     ],
     "client": ["tests/test_client.py"],
     "deploy": ["tests/cli/test_deploy.py"],
@@ -259,7 +267,10 @@ PNG = [
 ]
 PREPROCESS = [("very long images are cut", ALWAYS)]
 CUDA = [
-    ("a slot is free when nothing refers to it", (r"weakref\.finalize\(slot, (.*), number\).*", r"\1(number)")),
+    (
+        "a slot is free when nothing refers to it",
+        (r"weakref\.finalize\(slot, (.*), number\).*", r"\1(number)"),
+    ),
     ("a batch is launched as a whole", (r"with .*:", "if True:")),
     ("rows are read when they are there", SKIP),
     ("padding is no result", (r"\[:count\]", "")),
@@ -435,7 +446,10 @@ POSTGRES = [
         "no row is waited for while another is locked",
         (r"_find_each\(statement", '_find_each(f"{statement}_waiting"'),
     ),
-    ("one locked row does not hold up all others", (r"except _Refusal", "except ZeroDivisionError")),
+    (
+        "one locked row does not hold up all others",
+        (r"except _Refusal", "except ZeroDivisionError"),
+    ),
     ("what is counted as written is there", (r"= .*", "= set()")),
     ("no result is written for ever", NEVER),
 ]

@@ -388,6 +388,7 @@ class Migration:
 
     def _check_sees_all(self) -> None:
         """Raise UsageError if a policy hides rows from this role."""
+        # guard: hidden rows are counted too
         if postgres._may_hide_rows(self._database.run, self._table):
             raise UsageError(
                 "row level security hides rows from this role, so what is missing cannot be "
@@ -396,7 +397,7 @@ class Migration:
 
     def blockers(self) -> list[str]:
         """List what speaks against a swap now."""
-        self._check_sees_all()  # guard: hidden rows are counted too
+        self._check_sees_all()
         counts, names, spaces = self.counts(), self.names, self.spaces()
         reasons = []
         if counts.missing:

@@ -133,6 +133,15 @@ class Reader(threading.Thread):
         return self.answers
 
 
+def run_command(table: Table, *words: str) -> int:  # its exit status
+    """Run `heimdex-clip migrate` with these words, as the role of the application."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = (*words, "--database", table.uri_of("app"))
+    args, args.rest = parser.parse_known_args(words)
+    return command.run(args)
+
+
 def test_a_reader_is_always_answered_from_one_space(table: Table) -> None:
     readers = [Reader(table.uri_of("service")) for _ in range(2)]
     move = table.move()
@@ -345,11 +354,8 @@ def test_fill_is_a_backfill_of_the_new_column(
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(command.backfill, "run", lambda args: seen.append(args) or 3)
     table.move().add("vector(2)")
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    words = ["fill", "--to", "clip_v2", "--database", table.uri_of("app"), "--json"]
-    args, args.rest = parser.parse_known_args([*words, "--max-cost", "20"])
-    assert command.run(args) == 3 and seen[0].max_cost == 20 and seen[0].json
+    assert run_command(table, "fill", "--to", "clip_v2", "--json", "--max-cost", "20") == 3
+    assert seen[0].max_cost == 20 and seen[0].json
     assert (seen[0].vector_column, seen[0].metadata_column) == ("clip_v2", "clip_v2_metadata")
 
 
@@ -359,11 +365,7 @@ def test_the_users_function_is_named_after_a_swap(
     move = table.move(to="half")
     move.add("halfvec(512)")
     move.copy()
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    words = ["swap", "--to", "half", "--database", table.uri_of("app"), "--json"]
-    args, args.rest = parser.parse_known_args(words)
-    assert command.run(args) == 0
+    assert run_command(table, "swap", "--to", "half", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     start = "search_scenes_by_visual_clip_embedding("
     assert any(name.startswith(start) for name in summary["functions"])
@@ -526,12 +528,7 @@ def test_a_comparison_of_long_ids_fits_a_terminal(
     move = table.move(to="half")
     move.add("halfvec(512)")
     move.copy()
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    words = ["compare", "--to", "half", "--database", table.uri_of("app"), "--samples", "3"]
-    args = parser.parse_args(words)
-    args.rest = []
-    assert command.run(args) == 0
+    assert run_command(table, "compare", "--to", "half", "--samples", "3") == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) == 1 + 3 * 6 + 1
     assert sum(line.count("= ") for line in lines) >= 20

@@ -98,7 +98,7 @@ class Database:
         values: dict[str, Any] | None = None,
         *,
         undo: bool = False,  # roll back what the statement has changed
-        once: bool = False,  # do not wait for a lock
+        once: bool = False,  # do not try again after a lock was not free in time
     ) -> list[tuple[Any, ...]]:
         """Run a statement until it succeeds; return its rows; raise BackfillError."""
         began, attempt = time.monotonic(), 0
@@ -199,7 +199,7 @@ def _short_name(
     most: int = _LONGEST_NAME,  # bytes
     digits: int = 8,  # of the hash
 ) -> str:
-    """Shorten a name so that PostgreSQL does not cut it, and two stay two."""
+    """Shorten a name so that PostgreSQL does not cut it; different names stay different."""
     if not of and len(name.encode()) <= most:
         return name
     start = name.encode()[: most - digits - 1].decode(errors="ignore")
@@ -251,7 +251,7 @@ def _may_hide_rows(run: Callable[..., list[tuple[Any, ...]]], table: str) -> boo
 def _check_columns(
     columns: dict[str, _Column],
     names: dict[str, str],  # role ("id", "url", "vector", "metadata") -> column
-    is_writer: bool = True,  # by this role
+    is_writer: bool = True,  # whether this role must be able to write
 ) -> None:
     """Raise UsageError unless each column exists and can be used in its role."""
     for role, name in names.items():
@@ -353,7 +353,7 @@ _IS_OPEN = "(t.{metadata}->>'code' IS NULL OR t.{metadata}->'retry_at' IS NOT NU
 _IS_TO_PLAN = """t.{vector} IS NULL AND t.{metadata}->>'code' IS NOT NULL
     AND t.{metadata}->'retryable' = 'true'
     AND (t.{metadata}->>'retry_at' COLLATE "C" <= {now}) IS NOT TRUE"""
-# What `finish` has written is still there. A trigger of the table's owner may shorten the sentence.
+# What `finish` has written is still there. A trigger may shorten the text of `error`.
 _IS_KEPT = """CASE WHEN sent.vector IS NULL
     THEN t.{metadata} @> (sent.facts::jsonb - 'error')
         AND (%(retries)s = 0 OR t.{metadata}->'attempts' IS NOT NULL)
@@ -367,7 +367,7 @@ _HELD = """
     WHERE t.{metadata}#>>'{{backfill_lease,token}}' = sent.token AND {is_same_url}
     ORDER BY t.{id}"""
 _IS_SAME_URL = "(sent.url IS NULL OR coalesce(t.{url}::text, '') = sent.url)"
-# While a statement runs, the lock on its table keeps a swap of the columns out.
+# The lock of a running statement on its table keeps the columns from being swapped.
 _IS_SAME_COLUMN = """{number} = (SELECT attnum FROM pg_attribute
     WHERE attrelid = to_regclass({table_name}) AND attname = {vector_name})"""
 _HAS_URL = "AND (NOT %(has_url)s OR t.{url}::text <> '')"
@@ -609,7 +609,7 @@ def _fragments(has_url: bool) -> dict[str, str]:
 # %% ../../nbs/11b_postgres.ipynb #compose
 def _parts(
     table: str,
-    names: dict[str, str],  # role -> column; without "url", no row is read or added with one
+    names: dict[str, str],  # role -> column; without "url", no URL is read or written
     columns: dict[str, _Column],
 ) -> dict[str, Any]:
     """Compose what the statements have in braces: the names of a table, and rules."""
@@ -662,11 +662,11 @@ def _same_id(row_id: int | str, id_type: str) -> int | str:
 
 # %% ../../nbs/11b_postgres.ipynb #postgres-sink
 _SAMPLE = 200  # rows that are tried before a table is said to be read-only
-_UNWRITABLE_S = 600.0  # seconds after which a process that goes on tries such rows again
-_LONGEST_REST_S = 86_400.0  # each such pause is twice as long as the last one, up to this
-_MOST_CHANGES = 4  # in succession, each while the picture was being embedded
+_UNWRITABLE_S = 600.0  # seconds after which `sync` tries rows again that cannot be written
+_LONGEST_PAUSE_S = 86_400.0  # each such pause is twice as long as the last one, up to this
+_MOST_CHANGES = 4  # of a URL in succession, each while its picture was being embedded
 _MOST_UNDONE = 4  # how often in succession a row comes back after its result was written
-_RECENT = 10_000  # rows whose last result a process that goes on remembers
+_RECENT = 10_000  # rows whose latest results are remembered
 _CHANGES = "its URL changes again and again; does a trigger change it at each update?"
 _UNDONE = (
     "what is written to the row does not stay: does a trigger, or another program, clear its "
@@ -698,7 +698,7 @@ class PostgresSink(Sink):
         lease_s: float = 120,  # seconds until the rows of a killed process are free
         patience_s: float = 900,  # seconds to wait for a row that another transaction has locked
         add_missing: bool = False,  # insert rows that the table does not have
-        is_lasting: bool = False,  # the process goes on for ever: say nothing of one long load
+        is_lasting: bool = False,  # `sync`, which does not end: no advice for one large load
         is_writer: bool = True,  # False: the role need not have the right to write
     ):
         columns = _read_columns(database, table)
@@ -723,7 +723,7 @@ class PostgresSink(Sink):
         self._locked: dict[int | str, float] = {}  # id -> time when it was first found locked
         self._unwritable: dict[int | str, tuple[float, float]] = {}  # id -> until when, and a pause
         self._recent: dict[int | str, tuple[int, int]] = {}  # id -> hash of its URL, times undone
-        self._changes: dict[int | str, int] = {}  # id -> results in vain, as the URL had changed
+        self._changes: dict[int | str, int] = {}  # id -> results lost because its URL changed
 
     def compose(self, text: str) -> Any:
         """Fill the names of the table, and the rules about its rows, into a statement."""
@@ -838,11 +838,12 @@ class PostgresSink(Sink):
     def _find_in_turn(
         self, statement: str, left: str, rows: list[Row], **values: Any
     ) -> tuple[list[int], dict[int, str]]:
-        """Do as `_find_each`; wait for each locked row of `left` alone, up to the lock_timeout.
+        """Do as `_find_each`; wait for each locked row alone, up to the lock_timeout.
 
-        So no row is locked here while another one is waited for, and no transaction of the
-        table's users, in whatever order it locks rows, ends in a deadlock with this process.
-        If one of them does not end, what is left is refused as `_LOCKED`.
+        The statement `left` finds the rows that are still to do. No row is locked here while
+        another one is waited for, so no transaction of the table's users, in whatever order it
+        locks rows, ends in a deadlock with this process. If one of these transactions does not
+        end, what is left is refused as `_LOCKED`.
         """
         # guard: no row is waited for while another is locked
         indices, refused = self._find_each(statement, rows, **values)
@@ -886,7 +887,7 @@ class PostgresSink(Sink):
         return self.database.run(self._statements["failed_earlier"], vars(self.selection))[0]
 
     def plan_failures(self) -> int:
-        """Plan an attempt, now, for all failures that may pass; return how many they are."""
+        """Plan an attempt, now, for all failures that may pass; return their number."""
         found = self.database.run(self._statements["to_plan"])
         count = 0
         for start in range(0, len(found), _PLANNED):
@@ -913,7 +914,7 @@ class PostgresSink(Sink):
         return Row(None, "", row.number, RowError("BAD_ROW", message))
 
     def _missing(self, rows: list[Row]) -> list[Row]:
-        """Filter `rows` by whether they have to be inserted."""
+        """Find the rows that have to be inserted."""
         return [rows[n] for n in self._find("missing", rows)] if self._add_missing and rows else []
 
     def _held(self, rows: list[Row]) -> dict[int | str, float]:
@@ -928,10 +929,10 @@ class PostgresSink(Sink):
         readable = [row for row in rows if row.id not in unreadable]
         indices = self._find("selected", readable, **vars(self.selection))
         ids = {readable[n].id for n in indices} | {row.id for row in self._missing(readable)}
-        return [row for row in rows if row.id in ids and not self._rests(row.id)]
+        return [row for row in rows if row.id in ids and not self._is_left_alone(row.id)]
 
     def _unreadable(self, rows: list[Row]) -> dict[int | str, str]:
-        """Find the ids that are none of the column's type; return the server's reasons."""
+        """Find the ids that the column's type cannot hold; return the server's reasons."""
         if self._id_type in _WHOLE_TYPES or self._id_type.startswith(_CHECKED_TYPES):
             return {}
         _, refused = self._find_each("readable", rows)
@@ -942,7 +943,7 @@ class PostgresSink(Sink):
 
         A row that can never be claimed is returned with the error NOT_WRITABLE.
         """
-        rows = [row for row in rows if not self._rests(row.id)]
+        rows = [row for row in rows if not self._is_left_alone(row.id)]
         reasons = self._unreadable(rows)
         reasons |= self._add([row for row in rows if row.id not in reasons])
         claimed, is_locked = self._lease("claim", rows, reasons), False
@@ -970,20 +971,20 @@ class PostgresSink(Sink):
         reasons |= {row_id: _LOCKED if is_locked else _UPDATES_NONE for row_id in stuck}
         held = {i: s for i, s in held.items() if i not in reasons}
         self.wait_s = max(held.values(), default=0.0)
-        self._rest(reasons)
+        self._leave_alone(reasons)
         reasons |= dict.fromkeys(self._undone_again(claimed), _UNDONE)
         claimed = [row for row in claimed if row.id not in reasons]
         return claimed + [_unwritable(r, reasons[r.id]) for r in rows if r.id in reasons], len(held)
 
-    def _rests(self, row_id: int | str) -> bool:
+    def _is_left_alone(self, row_id: int | str) -> bool:
         """True if a row could not be written, and is to be left alone."""
         return time.monotonic() < self._unwritable.get(row_id, (-math.inf, 0.0))[0]
 
-    def _rest(self, ids: Iterable[int | str]) -> None:
-        """Leave rows alone: for ever, or for longer each time, as what is wrong may change."""
+    def _leave_alone(self, ids: Iterable[int | str]) -> None:
+        """Leave rows alone: until the end, or in `sync` for a time that doubles each time."""
         for row_id in ids:
             _, pause = self._unwritable.get(row_id, (0.0, _UNWRITABLE_S / 2))
-            pause = min(2 * pause, _LONGEST_REST_S) if self._is_lasting else math.inf
+            pause = min(2 * pause, _LONGEST_PAUSE_S) if self._is_lasting else math.inf
             self._unwritable[row_id] = (time.monotonic() + pause, pause)
 
     def _remember(self, rows: list[Row]) -> None:
@@ -1005,11 +1006,11 @@ class PostgresSink(Sink):
                 undone.append(row.id)
                 count -= 2  # one attempt after each pause
             self._recent[row.id] = (hash(row.source), count)
-        self._rest(undone)
+        self._leave_alone(undone)
         return undone
 
     def _locked_for_long(self, ids: list[int | str]) -> list[int | str]:
-        """Note when ids were first found locked; return those for which patience is over."""
+        """Note when ids were first found locked; return those locked for too long."""
         now = time.monotonic()
         if self._patience_s == math.inf:
             return []
@@ -1064,7 +1065,7 @@ class PostgresSink(Sink):
             locked = self._find("held_here", [due[n] for n in others], **some) if others else []
             self._forget([due[n] for n in others])
             self._leases.update((ids[n], (tokens[n], now)) for n in renewed)
-            again = now - self._lease_s / 3 + 1  # another transaction has locked these: in a second
+            again = now - self._lease_s / 3 + 1  # they are locked: try again in a second
             self._leases.update((ids[others[k]], (tokens[others[k]], again)) for k in locked)
 
     def release(self, rows: list[Row]) -> None:
@@ -1090,7 +1091,7 @@ class PostgresSink(Sink):
             stuck |= self._unsteady(rows, refused, unclear)
             written |= {unclear[n] for n in self._find("written", rows, **values)}
             stuck |= {unclear[n] for n in self._find("stuck", rows, **values)} - written
-            stuck |= {n for n in unclear if self._rests(results[n].row.id)}
+            stuck |= {n for n in unclear if self._is_left_alone(results[n].row.id)}
             stuck -= {n for n in unclear if refused.get(n) == _LOCKED}  # lost, until it is free
         some = [n for n in range(len(results)) if self._is_lasting or n not in written]
         self._remember([results[n].row for n in some])
@@ -1155,7 +1156,7 @@ class PostgresSink(Sink):
             self._lease("claim", undone, {})
         recorded, *_ = self._write(list(failures.values())) if rows else (set(),)
         left = [row for n, row in enumerate(rows) if n not in recorded]
-        self._rest([row.id for row in left if not self._rests(row.id)])
+        self._leave_alone([row.id for row in left if not self._is_left_alone(row.id)])
         self.release([row for row in left if row.id in self._leases])
         return failures
 
@@ -1194,7 +1195,7 @@ def _cells(values: dict[str, Any], part: slice | list[int]) -> dict[str, Any]:
 
 
 _IS_LOCKED = "55P03"
-_CHECKED_TYPES = ("uuid", "text", "character")  # by `_fits`, or they hold every text
+_CHECKED_TYPES = ("uuid", "text", "character")  # `_fits` checks them, or they hold every text
 _LOCKED = "another transaction has locked the row, and does not end"
 _ADDS_NONE = "the table has no row with this id that the role sees, and none was added"
 

@@ -88,7 +88,7 @@ def _named(text: str) -> str:
     if path is not None:
         return os.path.realpath(path)
     scheme, mark, name = without_query(text).partition("://")  # guard: no key of a store in a name
-    if not mark:  # nothing of it may be shown
+    if not mark:  # `without_query` could not tell what is secret, and shows nothing
         return scheme
     container = _CONTAINER.match(text)
     host = f"{container[1]}@" if container else ""
@@ -401,7 +401,7 @@ class Folder:
             attempt.unlink(missing_ok=True)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file, unless it is there; an object store cannot tell, and writes it."""
+        """Write a file unless it is there; in an object store, write it in any case."""
         if not self._is_local:
             self.put(name, data)
             return

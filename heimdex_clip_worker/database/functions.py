@@ -43,7 +43,7 @@ _Run = Callable[[str, dict[str, Any]], list[tuple[Any, ...]]]  # a statement, an
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the user's that searches."""
+    """A search function of the user's."""
 
     name: Any  # quoted
     signature: str  # "search(vector,integer)"
@@ -59,7 +59,7 @@ class Function:
         name: str,  # "match_scenes" or "app.match_scenes"
         given: Collection[str] = (),  # arguments with a value
         query: str = "",  # the argument that gets the vector; "": by its type
-        known: Callable[[Mapping[str, str]], Collection[str]] = lambda types: (),  # further ones
+        known: Callable[[Mapping[str, str]], Collection[str]] = lambda types: (),  # -> more of them
     ) -> Function:
         """Find the one function that is meant; raise UsageError."""
         *schema, last = postgres._parse_table_name(name)
@@ -68,12 +68,13 @@ class Function:
         functions = [_describe(quoted, *row) for row in run(_FUNCTIONS, values)]
         function = _choose(name, [f for f in functions if f.types], given, query, known)
         query = query or _query_of(function, given)
-        lack = [n for n in function.required if n not in {*given, query, *known(function.types)}]
-        if lack and not lack[0]:
+        supplied = {*given, query, *known(function.types)}
+        missing = [n for n in function.required if n not in supplied]
+        if missing and not missing[0]:
             raise UsageError(f"{function.signature} has an argument without a name and a default")
-        if lack:
-            problem = f"{function.signature}: no value is known for its argument {lack[0]!r}"
-            raise UsageError(f"{problem}: give --argument {lack[0]}=VALUE")
+        if missing:
+            problem = f"{function.signature}: no value is known for its argument {missing[0]!r}"
+            raise UsageError(f"{problem}: give --argument {missing[0]}=VALUE")
         return replace(function, query=query)
 
     def call(self, cells: Mapping[str, Any]) -> Any:  # argument -> SQL

@@ -106,10 +106,10 @@ class _ColumnSpaces:
                 f"{sink.quoted_table} help?"
             ) from error
         self._column, self._say = names["vector"], say
-        self._known = {s: n for s, n in spaces.items() if s.is_same(s)}  # others say nothing
+        self._known = {s: n for s, n in spaces.items() if s.is_same(s)}  # comparable
 
     def check_id(self, space_id: str) -> None:
-        """Raise BackfillError if the column's vectors are of other spaces than this one."""
+        """Raise BackfillError if the column is of other spaces, as far as ids alone can tell."""
         if space_id and all(space.space_id for space in self._known):
             self._check(RowSpace(space_id))
 

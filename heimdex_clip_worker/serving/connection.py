@@ -34,7 +34,8 @@ class _RecordCounter:
 
     def __init__(self) -> None:
         self._total, self._delivered = 0, 0  # bytes from the wire; bytes of data
-        self._last, self._next, self._carry = 0, 0, b""  # begin of the last record, its end; rest
+        self._last, self._next = 0, 0  # start and end of the last record
+        self._carry = b""  # a part of the header after it
         self._before: tuple[int, int] | None = None  # bytes, and data, when this response began
         self._count = 0  # records of this response
 
@@ -48,9 +49,10 @@ class _RecordCounter:
 
     def add(self, data: bytes | memoryview) -> None:
         """Find the records in bytes from the wire; raise _Surplus if they are too small."""
-        at, start = self._next - self._total, self._total  # of the next header, in `data`
+        at = self._next - self._total  # of the next header, in `data`
+        start = self._total  # of `data`
         self._total += len(data)
-        if at < 0:  # it has begun before `data`
+        if at < 0:  # that header has begun before `data`
             data, at, start = self._carry + data, 0, self._next
         count = 0
         while at + 5 <= len(data):
@@ -84,12 +86,12 @@ def _check_share(surplus: int, size: int) -> None:
 # %% ../../nbs/02e_connection.ipynb #response
 _MAX_LINE = 32_768  # bytes of a header, or of the status line
 _MAX_HEADERS, _MAX_INTERIM = 128, 16  # interim: with a status of 1xx, before the response
-_MAX_DIGITS = 20  # of a length, zeros before it included
+_MAX_DIGITS = 20  # of a length, leading zeros included
 _HEAD_BYTES = 65_536  # before a body
 _FRAMING_BYTES, _FRAMING_SHARE = 8_192, 16  # within it: 8 KiB, and one byte for 16 of the body
-_WAITING_BYTES = 65_536  # of a body, that may wait for the reader unless it wants more
+_WAITING_BYTES = 65_536  # of a body: so many may wait, or as many as the reader wants
 _PIECE_BYTES = 4_096  # smaller pieces of a body are joined
-_STRICT_BYTES = 16_384  # of a head, that are read again; a longer one ends its connection
+_STRICT_BYTES = 16_384  # of a head: at least so many are held, to read them again
 _LINE_END = re.compile(rb"\n(?=[^ \t])")  # a line that begins with a blank continues the last one
 _START, _FOLDED = re.compile(rb"[\r\n]*HTTP/1\."), re.compile(rb"\n[ \t]")
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -117,7 +119,7 @@ class Response:
         self._head, self._line, self._tail = bytearray(), b"", b""
         self._received, self._before_body, self._interim, self._count = 0, 0, 0, 0
         self._body, self._size = 0, 0  # bytes of the body; those that are not read yet
-        self._parts: list[bytes | bytearray] = []  # these
+        self._parts: list[bytes | bytearray] = []  # the bytes that are not read yet
         self._is_complete, self._may_be_kept = False, False
         self._error: BaseException | None = None
         self._wanted = 0  # bytes of the body that the reader waits for
@@ -366,9 +368,9 @@ def resuming_context() -> ssl.SSLContext:
     return _ResumingContext(ssl.PROTOCOL_TLS_CLIENT)
 
 # %% ../../nbs/02e_connection.ipynb #tls-layer
-_READ_BYTES, _MORE_BYTES = 16_384, 131_072  # at a time, the latter later:
-_CAUTIOUS_BYTES = 65_536  # after so many bytes of a connection
-_PARTIAL_BYTES = 16_640  # of a record, that OpenSSL may hold: its end is still to come
+_READ_BYTES, _MORE_BYTES = 16_384, 131_072  # in one read: at first, and later
+_CAUTIOUS_BYTES = 65_536  # of a connection: after so many, reads are larger
+_PARTIAL_BYTES = 16_640  # of a record whose end is still to come: OpenSSL may hold them
 
 
 class _Tls:
@@ -384,7 +386,7 @@ class _Tls:
         self._data = memoryview(bytearray(_MORE_BYTES + _PARTIAL_BYTES))
         self._records = _RecordCounter()
         self._is_remembered = False
-        self.is_open, self.is_ended = False, False  # the handshake has ended; the server has
+        self.is_open, self.is_ended = False, False  # after the handshake; after `close_notify`
 
     def receive(
         self,
@@ -557,7 +559,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._cause is None and transport is not None and not transport.is_closing()
 
     def _decrypt(self, data: memoryview) -> memoryview:
-        """Decrypt what has arrived; an error ends the connection, and nothing has arrived."""
+        """Decrypt what has arrived; return nothing after an error, which ends the connection."""
         try:
             data = self._tls.receive(data)
         except OSError as error:

@@ -17,7 +17,7 @@ __all__ = ['LoopThread']
 
 # %% ../../nbs/02d_loop.ipynb #one-call
 class _Call:
-    """Work of a task in one loop, the caller's, that runs in another loop."""
+    """Work that runs in one loop, while its caller waits for it in another."""
 
     def __init__(
         self,
@@ -41,8 +41,9 @@ class _Call:
             return await self._outcome
         finally:
             timer.cancel()
-            is_early, self._outcome = not self._outcome.done() or self._task is not None, None
-            if is_early:
+            is_going_on = not self._outcome.done() or self._task is not None
+            self._outcome = None
+            if is_going_on:
                 with suppress(RuntimeError):  # that loop is closed
                     self._loop.call_soon_threadsafe(self._cancel)
 
@@ -141,7 +142,8 @@ class LoopThread:
         running = await self.open()
         call = _Call(function(running.resource, *args), running.loop, self._name)
         try:
-            with self._lock:  # `close` takes it first: work that comes later would never end
+            # Work that is handed over after `close` has had this lock would never end.
+            with self._lock:
                 if self._thread is None or not self._is_current(running):
                     raise RuntimeError("closed")
                 running.loop.call_soon_threadsafe(call.start)
@@ -151,7 +153,7 @@ class LoopThread:
         return await call.outcome(timeout_s)
 
     async def close(self) -> None:
-        """End the loop and what it still does, and wait for the thread; a later call starts it."""
+        """End the loop and what it still does, wait for the thread; a later call restarts it."""
         with self._lock:
             thread, self._thread = self._thread, None
             running, ended = self._running, self._ended
@@ -160,13 +162,13 @@ class LoopThread:
         try:
             loop, _, stop = await asyncio.shield(asyncio.wrap_future(running))
             loop.call_soon_threadsafe(stop.set)
-        except (ConnectionError, RuntimeError):  # it ends already
+        except (ConnectionError, RuntimeError):  # it is ending already
             pass
         await asyncio.shield(asyncio.wrap_future(ended))
         thread.join()  # it is at its last line
 
     def _is_current(self, running: _Running) -> bool:
-        """True if this loop is not followed by another one."""
+        """True if no other loop has been started since this one."""
         last = self._running
         return last.done() and not last.exception() and last.result() is running
 

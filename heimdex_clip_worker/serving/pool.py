@@ -42,7 +42,7 @@ class _HostState:
                 waiter.set_result(None)
 
     def reduce(self, sent_at: float) -> None:
-        """Halve the limit; requests that were sent before the last time do not count again."""
+        """Halve the limit, unless it was reduced after the request was sent."""
         if sent_at >= self.reduced_at:
             self.limit = max(1, min(self.limit, self.count) // 2)
             self.reduced_at = time.monotonic()
@@ -109,6 +109,7 @@ class Pool:
                 return result
             finally:
                 self._give_back(pooled, is_good=is_good)
+
     async def close(self) -> None:
         """Close the idle connections, and those that are given back from now on."""
         self._max_idle = 0
@@ -117,7 +118,7 @@ class Pool:
         await asyncio.sleep(0)
 
     async def _take(self, host: _Host, *, is_new: bool) -> _Pooled:
-        """Take an idle connection unless `is_new`, open one, or wait for either."""
+        """Take an idle connection unless a new one is needed; else open one, or wait."""
         state = self._hosts.setdefault(host, _HostState(host, self._per_host))
         while state.idle and not is_new:
             pooled = state.idle[-1]
@@ -125,7 +126,7 @@ class Pool:
                 self._leave_idle(pooled)
                 return pooled
             self._expire(pooled)
-        self._hosts[host] = state
+        self._hosts[host] = state  # `_expire` may have dropped it
         if state.count < state.limit:
             state.count += 1
         elif pooled := await self._wait(state):

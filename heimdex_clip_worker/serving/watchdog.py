@@ -257,7 +257,7 @@ class _Threads:
         problem = f"the {self._name} thread did not return within {limit}"
         _log.error("Watchdog: %s, at %s", problem, thread.where())
         self._threads.remove(thread)
-        self._stuck = {one: n for one, n in self._stuck.items() if one.is_alive()}
+        self._stuck = {t: weight for t, weight in self._stuck.items() if t.is_alive()}
         self._stuck[thread] = call.weight
         if sum(self._stuck.values()) >= self._most_stuck:  # guard: what hangs is bounded
             self._watchdog.doom(problem)

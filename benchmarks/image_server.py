@@ -1,8 +1,9 @@
 """Serve the photographs to the workers: `python -m benchmarks.image_server [CERTIFICATE]`.
 
-It is a process of its own, so that it does not slow down the process that measures. `/50/NAME`
-responds after 50 ms, and `/counts` tells how many connections were accepted and how many requests
-came. The first line that it prints is its ports: of HTTP and, with a certificate, of HTTPS. It ends
+It has processes of its own, so that it does not slow down the process that measures: one for every
+four cores, because a fast worker fetches more than one process can serve. `/50/NAME` responds after
+50 ms, and `/counts` tells how many connections were accepted and how many requests came, by all of
+them. The first line that it prints is its ports: of HTTP and, with a certificate, of HTTPS. It ends
 when its standard input does.
 """
 
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
+import os
+import socket
 import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from aiohttp import web
 
@@ -27,28 +32,43 @@ HOST = "localhost"  # a name, so that the workers look it up, as they do in prod
 BACKLOG = 512  # connections that wait to be accepted: 64 callers may come at once
 
 
+FORK = multiprocessing.get_context("fork")  # the photographs and the counts are shared
+START_S = 30  # for all processes
+
+
 class Counts:
-    """Connections accepted and requests received, by scheme."""
+    """Connections accepted and requests received by all processes, by scheme."""
 
     def __init__(self) -> None:
-        self.connections = {"http": 0, "https": 0}
-        self.requests = {"http": 0, "https": 0}
+        self.connections = {scheme: FORK.Value("Q") for scheme in ("http", "https")}
+        self.requests = {scheme: FORK.Value("Q") for scheme in ("http", "https")}
+
+    @staticmethod
+    def add(count: Any) -> None:
+        """Count one more."""
+        with count.get_lock():
+            count.value += 1
 
     def counting(self, scheme: str, make: Callable[[], asyncio.Protocol]) -> Callable:
         """Wrap a factory of protocols; asyncio calls it for each connection that it accepts."""
 
         def made() -> asyncio.Protocol:
-            self.connections[scheme] += 1
+            self.add(self.connections[scheme])
             return make()
 
         return made
+
+    def read(self) -> dict[str, dict[str, int]]:
+        """Read all counts."""
+        both = {"connections": self.connections, "requests": self.requests}
+        return {name: {s: c.value for s, c in counts.items()} for name, counts in both.items()}
 
 
 def application(bodies: Mapping[str, bytes], counts: Counts) -> web.Application:
     """Make the server of these files."""
 
     async def respond(request: web.Request) -> web.Response:
-        counts.requests[request.scheme] += 1
+        counts.add(counts.requests[request.scheme])
         delay_ms = int(request.match_info["delay_ms"])
         if delay_ms:
             await asyncio.sleep(delay_ms / 1000)
@@ -56,7 +76,7 @@ def application(bodies: Mapping[str, bytes], counts: Counts) -> web.Application:
         return web.Response(body=body, content_type="image/jpeg")
 
     async def tell(request: web.Request) -> web.Response:
-        return web.json_response({"connections": counts.connections, "requests": counts.requests})
+        return web.json_response(counts.read())
 
     app = web.Application()
     app.router.add_get("/counts", tell)
@@ -68,9 +88,11 @@ def application(bodies: Mapping[str, bytes], counts: Counts) -> web.Application:
 async def listening(
     bodies: Mapping[str, bytes],  # by name
     certificate: Path | None = None,  # with its key; None: no HTTPS
+    ports: Sequence[int] = (0, 0),  # of HTTP and HTTPS; 0: a free one
+    counts: Counts | None = None,  # shared with other processes
 ) -> AsyncIterator[list[int]]:  # ports
-    """Serve while the block runs."""
-    loop, counts = asyncio.get_running_loop(), Counts()
+    """Serve while the block runs; other processes may serve on the same ports."""
+    loop, counts = asyncio.get_running_loop(), counts or Counts()
     runner = web.AppRunner(application(bodies, counts), access_log=None)
     await runner.setup()
     contexts: dict[str, ssl.SSLContext | None] = {"http": None}
@@ -79,10 +101,11 @@ async def listening(
         contexts["https"].load_cert_chain(certificate)
     servers = [
         await loop.create_server(
-            counts.counting(scheme, runner.server), "127.0.0.1", 0, ssl=context, backlog=BACKLOG
+            counts.counting(scheme, runner.server), "127.0.0.1", port, ssl=context,
+            backlog=BACKLOG, reuse_port=True,
         )
-        for scheme, context in contexts.items()
-    ]
+        for (scheme, context), port in zip(contexts.items(), ports, strict=False)
+    ]  # fmt: skip
     try:
         yield [server.sockets[0].getsockname()[1] for server in servers]
     finally:
@@ -91,12 +114,44 @@ async def listening(
         await runner.cleanup()
 
 
-async def serve(certificate: Path | None) -> None:
-    """Serve on free ports until standard input ends; every photograph is in memory."""
+def free_ports(stack: contextlib.ExitStack) -> list[int]:
+    """Keep two ports that several processes can listen on."""
+    found = []
+    for _ in range(2):
+        kept = stack.enter_context(socket.socket())
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept.bind(("127.0.0.1", 0))  # it does not listen, so no connection comes to it
+        found.append(kept.getsockname()[1])
+    return found
+
+
+async def serve(stdin: int, is_ready: Any, *how: Any) -> None:
+    """Serve until standard input ends."""
+    async with listening(*how):
+        is_ready.release()
+        await asyncio.get_running_loop().run_in_executor(None, os.read, stdin, 1)
+
+
+def main(certificate: Path | None, processes: int) -> None:
+    """Serve from some processes until standard input ends; every photograph is in memory."""
     bodies = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
-    async with listening(bodies, certificate) as ports:
-        print(*ports, flush=True)
-        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    counts, is_ready, stdin = Counts(), FORK.Semaphore(0), os.dup(0)
+    with contextlib.ExitStack() as stack:
+        ports = free_ports(stack)
+        how = stdin, is_ready, bodies, certificate, ports, counts
+        servers = [FORK.Process(target=run, args=how) for _ in range(processes)]
+        for server in servers:
+            server.start()
+        if not all(is_ready.acquire(timeout=START_S) for _ in servers):
+            raise SystemExit("the image server did not start")
+        print(*ports[: 1 if certificate is None else 2], flush=True)
+        for server in servers:
+            server.join()
+
+
+def run(*how: Any) -> None:
+    """Serve in this process."""
+    asyncio.run(serve(*how))
 
 
 class ImageServer:
@@ -135,4 +190,4 @@ class ImageServer:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1]) if sys.argv[1:] else None))
+    main(Path(sys.argv[1]) if sys.argv[1:] else None, max(1, len(os.sched_getaffinity(0)) // 4))

@@ -27,10 +27,11 @@ PLATFORMS = ("manylinux1", "manylinux2010", "manylinux2014") + tuple(
 )
 
 # The machine has torch and what torch needs. The others are large, and an import goes on without
-# them: a faster event loop, compression, the hub's downloads, completion in a shell.
+# them: a faster event loop, compression, the hub's downloads, completion in a shell, uploads to S3.
 LEFT_OUT = {
     "torch", "torchvision", "triton", "numpy", "sympy", "mpmath", "networkx", "setuptools",
     "uvloop", "brotli", "backports-zstd", "hf-xet", "jedi", "parso",
+    "boto3", "botocore", "s3transfer", "jmespath",
 }  # fmt: skip
 ITS_LIBRARIES = ("nvidia-", "cuda-")  # how the names of torch's libraries begin
 

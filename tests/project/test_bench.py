@@ -269,6 +269,40 @@ def test_the_image_server_counts_connections_and_requests_by_scheme(authority: P
     assert asyncio.run(counted()) == [expected]
 
 
+def test_the_processes_of_the_image_server_count_together_and_end_with_standard_input(
+    authority: Path,
+):
+    async def answers(port: int, secure_port: int) -> list[dict]:
+        for _ in range(20):
+            async with trusting(authority) as session:
+                url = f"https://localhost:{secure_port}/0/coffee.jpg"
+                async with session.get(url) as response:
+                    assert await response.read() == (PHOTOS / "coffee.jpg").read_bytes()
+        counted = []
+        for _ in range(8):
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"http://127.0.0.1:{port}/counts") as response,
+            ):
+                counted.append(await response.json())
+        return counted
+
+    code = (
+        "from pathlib import Path; from benchmarks import image_server as server; "
+        f"server.FOLDER = Path({str(PHOTOS)!r}); "
+        f"server.main(Path({str(authority.with_name('server.pem'))!r}), processes=3)"
+    )
+    command = [sys.executable, "-c", code]
+    how = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **how) as server:
+        counted = asyncio.run(answers(*map(int, server.stdout.readline().split())))
+        processes = psutil.Process(server.pid).children()
+        server.communicate(timeout=20)
+    assert len(processes) == 3 and server.returncode == 0
+    assert [answer["requests"]["https"] for answer in counted] == [20] * 8
+    assert [answer["connections"]["http"] for answer in counted] == [*range(1, 9)]
+
+
 async def echoed(round_trip_s: float, chunks: list[bytes]) -> tuple[list[float], bytes]:
     """Send chunks through the proxy to a server that echoes them and closes after the last."""
 

@@ -33,6 +33,7 @@ from .model.image import Embedder, check_choice, gpu_problems, unused_gpus
 from .model.text import TextEmbedder
 from .serving import process
 from .serving.batcher import largest_batch
+from .serving.children import Children
 from .serving.decode import PixelLimits
 from .serving.download import AddressPolicy, Fetcher, FetchLimits
 from .serving.intake import Intake
@@ -341,7 +342,13 @@ def limits_of(settings: Settings) -> tuple[FetchLimits, AddressPolicy]:
     return limits, policy
 
 # %% ../nbs/06_handler.ipynb #build
-def build(settings: Settings) -> Worker:
+_MOST_CHILDREN = 32  # more images than they decode, the loop that answers jobs cannot serve
+
+
+def build(
+    settings: Settings,
+    children: Children | None = None,  # that are to fetch and decode; None: threads do it
+) -> Worker:
     """Build a worker that is ready for its first job; raise ModelError."""
     embedder = Embedder.load(
         settings.model_name,
@@ -353,11 +360,21 @@ def build(settings: Settings) -> Worker:
         artifact_dir=settings.artifact_dir,
         max_batch=settings.max_batch_size,
     )
+    limits, policy = limits_of(settings)
+    pixels = PixelLimits(max_pixels=settings.max_image_pixels)
+    decode_workers = settings.decode_workers or process.usable_cpus() + 1
+    if children and embedder.transform is not None:  # it cannot be sent
+        children.close()
+        children = None
+    if children:
+        decode_workers = min(decode_workers, _MOST_CHILDREN)
+        children.open(decode_workers, embedder, limits, policy, pixels)
     pipeline = Pipeline(
         embedder,
-        Fetcher(*limits_of(settings)),
-        PixelLimits(max_pixels=settings.max_image_pixels),
-        decode_workers=settings.decode_workers or process.usable_cpus() + 1,
+        Fetcher(limits, policy),
+        pixels,
+        decode_workers=decode_workers,
+        children=children,
         max_batch=largest_batch(settings.max_batch_size, embedder.device),
         max_bytes_in_flight=settings.max_bytes_in_flight,
         load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),
@@ -371,12 +388,12 @@ def build(settings: Settings) -> Worker:
     return Worker(authenticator, pipeline, selftest=selftest, on_fatal=process.stop_taking_jobs)
 
 # %% ../nbs/06_handler.ipynb #load
-def _load(settings: Settings) -> Worker:
+def _load(settings: Settings, children: Children | None = None) -> Worker:
     """Build a worker, and log that it is loaded; raise ModelError."""
     start = time.perf_counter()
     _log.info("Loading %s (%s)", settings.model_name, settings.pretrained)
     try:
-        worker = build(settings)
+        worker = build(settings, children)
     except errors.InferenceFailed as error:  # guard: a device that fails at the start is told
         problem = f"CLIP_DEVICE={settings.device!r}: the model does not run here ({error.detail})"
         raise errors.ModelError(f"{problem}: take another host") from error
@@ -389,6 +406,16 @@ def _load(settings: Settings) -> Worker:
     if unused := unused_gpus(embedder.device):  # guard: idle GPUs are told
         _log.warning("%s", unused)
     return worker
+
+
+_LEAST_CPUS = 4  # with fewer, threads that share Python's lock are as fast
+
+
+def _wants_children(settings: Settings) -> bool:
+    """True if child processes are to fetch and decode images."""
+    if settings.decode_in == "auto":
+        return process.usable_cpus() >= _LEAST_CPUS
+    return settings.decode_in == "processes"
 
 
 def _intake(worker: Worker, settings: Settings) -> Intake:
@@ -406,13 +433,17 @@ def main() -> None:
         return
     import_s, start = process.age_s(), time.perf_counter()
     process.tune()
+    children = Children.fork()  # before there is anything that a copy must not have
     try:
         # guard: a GPU host has a GPU
         settings = Settings.from_env(checks=[model_problems, _host_problems])
         process.set_up_logging(settings.log_level, settings.log_format)
+        if children and not _wants_children(settings):
+            children.close()
+            children = None
         with ThreadPoolExecutor(1) as executor:
             sdk = executor.submit(process.import_sdk)
-            worker = _load(settings)
+            worker = _load(settings, children)
             load_s = time.perf_counter() - start
     except errors.StartError as error:
         for problem in str(error).splitlines():

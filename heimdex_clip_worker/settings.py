@@ -341,6 +341,8 @@ class Settings:
         "Most images in one run of the model, from all jobs together; on a CPU 16 at most")
     decode_workers: int = _var("DECODE_WORKERS", number(int, 0, 256, "threads"), "0",
         "Threads that decode one job; others have one more; 0: one more than the usable CPUs")
+    decode_in: str = _var("DECODE_IN", word("auto", "processes", "threads"), "auto",
+        "Where images are fetched and decoded; `auto`: in processes if 4 or more CPUs are usable")
     max_bytes_in_flight: int = _var("MAX_BYTES_IN_FLIGHT",
         number(int, 1, 1 << 36, "bytes"), "671088640",
         "Most bytes of images in flight; most images: 3 full batches, or 64 if that is more")

@@ -124,7 +124,9 @@ class Pipeline:
         max_bytes_in_flight: int = 64 * FetchLimits.max_bytes,  # reserved by all images
         load_text: Callable[[], Any] | None = None,  # -> TextEmbedder; None: no texts
         model_timeout_s: float = 30,  # for a run of the model; the first one has more
+        children: Any = None,  # that fetch and decode images: `Children`; None: threads do it
     ):
+        self.children = children
         self.embedder, self.fetcher, self.pixel_limits = embedder, fetcher, pixel_limits
         self.byte_budget = Budget(max_bytes_in_flight)
         self.decode_slots = Budget(_SLOTS_PER_THREAD * decode_workers)
@@ -171,13 +173,18 @@ class Pipeline:
                 reservation.shrink_to(max(least, image.pixels.nbytes))
                 return await self.embed_prepared(image, normalize, start, job=job)
 
-    async def _fetch(self, url: str, reservation: Any) -> bytes | None:  # None: evicted
+    @property
+    def _source(self) -> Any:
+        """What fetches images: the child processes, if there are any."""
+        return self.children if self.children and self.children.is_usable else self.fetcher
+
+    async def _fetch(self, url: str, reservation: Any) -> Any:  # the file; None: evicted
         """Fetch a file, unless its reservation is evicted meanwhile."""
         task = asyncio.current_task()
         try:
             try:
                 with reservation.may_evict(task.cancel):  # guard: slow downloads give way
-                    return await self.fetcher.fetch(url)
+                    return await self._source.fetch(url)
             finally:
                 if reservation.is_evicted:  # a fetch that did not wait has not been cancelled yet
                     await asyncio.sleep(0)
@@ -188,15 +195,17 @@ class Pipeline:
 
     async def prepare(
         self,
-        data: bytes,
+        data: Any,  # bytes, or what a child process has fetched
         max_bytes: int | None = None,  # as for `prepare_image`
         weight: float = 1.0,  # if the decoder hangs, it counts as this many threads
     ) -> _Prepared:
-        """Decode an image file in a thread; raise WorkerError subclasses or NeedsMemory."""
+        """Decode an image file where it is; raise WorkerError subclasses or NeedsMemory."""
+        if not isinstance(data, bytes):
+            return _Prepared(*await data.prepare(max_bytes))
         args = (data, self.embedder, self.pixel_limits, max_bytes)
         return await self.decode_pool.run(prepare_image, *args, weight=weight)
 
-    async def _prepare_in_turn(self, data: bytes, job: object) -> _Prepared:
+    async def _prepare_in_turn(self, data: Any, job: object) -> _Prepared:
         """Decode an image file when a thread, and the memory for a large one, are free."""
         async with self.decode_slots.reserve(1, job):  # guard: no job takes all decode slots
             try:
@@ -276,5 +285,7 @@ class Pipeline:
     async def close(self) -> None:
         """Close the connections and end the threads that do not hang."""
         await self.fetcher.close()
+        if self.children:
+            self.children.close()
         for pool in (self.decode_pool, self._text_pool, self._model_pool):
             pool.close(pool.limit_s)

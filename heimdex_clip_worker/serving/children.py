@@ -287,6 +287,8 @@ class _Link:
                     answer.set_result(message)
         except BlockingIOError:
             return
+        except OSError:
+            data = b""
         except Exception as error:  # guard: a child that talks nonsense is ended
             _log.error("A child process is not understood: %s", type(error).__name__)
         self.end(has_ended=not data)
@@ -311,7 +313,8 @@ class _Link:
 _START_S = 5.0  # for the start of a child
 _DECODE_S = 30.0  # for one image
 _LATE_S = 5.0  # after its deadline a fetch is no longer waited for
-_TRIES = 3  # of a file, if its child ends
+_TRIES = 3  # to decode a file, if its child ends
+_MOST_MOVES = 30  # of a file from a child that has ended to another one
 _MOST_FAILURES = 5  # children in a row that end before they are ready
 
 
@@ -321,15 +324,22 @@ class _Fetched:
     def __init__(self, children: Children, link: _Link, number: int, url: str):
         self.children, self.link, self.number, self.url = children, link, number, url
         self.size = 0  # bytes
-        self.has_ended = False  # True if the child has nothing of it any more
+        self._is_in_hand = True
         link.in_hand += 1
 
     def __len__(self) -> int:
         return self.size
 
     def __del__(self) -> None:
+        self.end(drop=True)
+
+    def end(self, *, drop: bool) -> None:
+        """Count the file no more; `drop`: the child may still have it, and is told to forget it."""
+        if not self._is_in_hand:
+            return
+        self._is_in_hand = False
         self.link.in_hand -= 1
-        if not (self.has_ended or self.link.is_gone):
+        if drop and not self.link.is_gone:
             self.link.tell(self.number, drop=True)  # guard: a file that nobody needs is dropped
 
     async def prepare(
@@ -351,6 +361,7 @@ class Children:
         self._links: list[_Link] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._count = self._number = self._failures = 0
+        self._doubtful = asyncio.Lock()  # held while a file at which a child has ended is decoded
 
     @classmethod
     def fork(cls) -> Children | None:  # None: this system cannot do it
@@ -453,7 +464,7 @@ class Children:
     async def fetch(self, url: str) -> _Fetched:
         """Fetch the file behind `url`; raise DownloadError subclasses or InferenceFailed."""
         self._enter()
-        for _ in range(_TRIES):
+        for _ in range(_MOST_MOVES):
             if self._links:
                 link = min(self._links, key=lambda link: link.in_hand)
                 with suppress(_Gone):  # guard: a file whose child ends is fetched again
@@ -469,11 +480,14 @@ class Children:
         timer = self._loop.call_later(self._limits.timeout_s + _LATE_S, link.end)
         try:
             message = await answer
+        except BaseException:
+            file.end(drop=True)
+            raise
         finally:
             timer.cancel()
             link.answers.pop(file.number, None)
         if "error" in message:
-            file.has_ended = True
+            file.end(drop=False)
             raise _rebuilt(message)
         file.size = message["size"]
         return file
@@ -484,25 +498,27 @@ class Children:
         max_bytes: int | None,  # of memory for decoding; None: as many as it takes
     ) -> tuple[tuple[int, int], torch.Tensor, float]:  # size, (3, S, S) uint8, seconds
         """Decode a file where it is; raise WorkerError subclasses or NeedsMemory."""
-        for _ in range(_TRIES):
-            try:
-                return await self._prepare(file, max_bytes)
-            except _Gone:  # guard: a file whose child ends is decoded again
+        with suppress(_Gone):
+            return await self._decode(file, max_bytes)
+        for _ in range(_TRIES - 1):
+            async with self._doubtful:  # guard: doubtful files end one child at a time
                 file = await self.fetch(file.url)
+                with suppress(_Gone):  # guard: a file whose child ends is decoded again
+                    return await self._decode(file, max_bytes)
         raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
 
-    async def _prepare(
+    async def _decode(
         self, file: _Fetched, max_bytes: int | None
     ) -> tuple[tuple[int, int], torch.Tensor, float]:
-        """Decode a file where it is; raise WorkerError subclasses, NeedsMemory or _Gone."""
-        link = file.link
-        await link.turn.acquire()
-        if link.is_gone:
-            link.turn.release()
-            raise _Gone
+        """Decode a file; raise WorkerError subclasses, NeedsMemory, or _Gone if it ends a child."""
+        await file.link.turn.acquire()
+        while file.link.is_gone:  # it has ended at another file
+            file.link.turn.release()
+            file = await self.fetch(file.url)
+            await file.link.turn.acquire()
         result = self._loop.create_future()
-        answer = link.ask(file.number, max_bytes=max_bytes)
-        timer = self._loop.call_later(_DECODE_S, self._give_up, link, result)
+        answer = file.link.ask(file.number, max_bytes=max_bytes)
+        timer = self._loop.call_later(_DECODE_S, self._give_up, file.link, result)
         answer.add_done_callback(partial(self._take, file, result, timer))
         return await result
 
@@ -517,7 +533,8 @@ class Children:
         timer.cancel()
         try:
             message = answer.result()
-            file.has_ended = "needs" not in message
+            if "needs" not in message:
+                file.end(drop=False)
             if "width" not in message:
                 raise _rebuilt(message)
             if not result.done():  # else nobody waits for it

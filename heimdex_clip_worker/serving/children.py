@@ -105,7 +105,8 @@ class _Child:
         side = self.preparation.size
         self.place = torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side)
         self.files: dict[int, bytes] = {}
-        self.tasks: dict[int, asyncio.Task[None]] = {}  # of files that are fetched or decoded
+        self.fetches: dict[int, asyncio.Task[None]] = {}
+        self.decoding: asyncio.Task[None] | None = None
         self.decoder = ThreadPoolExecutor(1, "decode")
 
     @property
@@ -144,12 +145,13 @@ class _Child:
         number = message["number"]
         if "drop" in message:
             self.files.pop(number, None)
-            if number in self.tasks:
-                self.tasks[number].cancel()
-            return
-        work = self.fetch(number, message["url"]) if "url" in message else self.decode(**message)
-        task = self.tasks[number] = asyncio.ensure_future(work)
-        task.add_done_callback(lambda _: self.tasks.pop(number, None))
+            if number in self.fetches:
+                self.fetches[number].cancel()
+        elif "url" in message:
+            task = self.fetches[number] = asyncio.ensure_future(self.fetch(**message))
+            task.add_done_callback(lambda _: self.fetches.pop(number, None))
+        else:
+            self.decoding = asyncio.ensure_future(self.decode(**message))
 
     async def fetch(self, number: int, url: str) -> None:
         """Fetch a file, and tell its size."""
@@ -163,8 +165,8 @@ class _Child:
 
     async def decode(self, number: int, max_bytes: int | None) -> None:
         """Decode a file into the shared memory, and tell what was in it."""
-        work = partial(prepare_image, self.files[number], self, self.pixel_limits, max_bytes)
         try:
+            work = partial(prepare_image, self.files[number], self, self.pixel_limits, max_bytes)
             done = await asyncio.get_running_loop().run_in_executor(self.decoder, work)
         except NeedsMemory as large:
             self.send(number=number, needs=large.count)
@@ -259,7 +261,8 @@ class _Link:
         self.pid, self.sock, self.pixels, self._on_end = pid, sock, pixels, on_end
         self.answers: dict[int, asyncio.Future[dict[str, Any]]] = {}  # that are awaited
         self.in_hand = 0  # files that it fetches, keeps or decodes
-        self.turn = asyncio.Lock()  # held while it decodes
+        # guard: a child decodes one image at a time
+        self.turn = asyncio.Lock()
         self.is_ready = self.is_gone = False
 
     def ask(self, number: int, **message: Any) -> asyncio.Future[dict[str, Any]]:
@@ -300,7 +303,7 @@ class _Link:
         self.is_gone = True
         if not has_ended:
             with suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)  # guard: a child that hangs is ended
+                os.kill(self.pid, signal.SIGKILL)
         self._on_end(self)
         self.sock.close()
         for answer in [*self.answers.values()]:
@@ -458,8 +461,8 @@ class Children:
         for link in [*self._links]:
             if is_first:
                 loop.add_reader(link.sock, link.read)
-            else:  # guard: answers stay in their loop
-                link.end()
+            else:
+                link.end()  # guard: answers stay in their loop
 
     async def fetch(self, url: str) -> _Fetched:
         """Fetch the file behind `url`; raise DownloadError subclasses or InferenceFailed."""
@@ -476,8 +479,8 @@ class Children:
         self._number += 1
         file = _Fetched(self, link, self._number, url)
         answer = link.ask(file.number, url=url)
-        # guard: a child's fetch has a deadline
-        timer = self._loop.call_later(self._limits.timeout_s + _LATE_S, link.end)
+        limit_s = self._limits.timeout_s + _LATE_S
+        timer = self._give_up_after(limit_s, link, answer, errors.FetchTimeout)
         try:
             message = await answer
         except BaseException:
@@ -518,7 +521,7 @@ class Children:
             await file.link.turn.acquire()
         result = self._loop.create_future()
         answer = file.link.ask(file.number, max_bytes=max_bytes)
-        timer = self._loop.call_later(_DECODE_S, self._give_up, file.link, result)
+        timer = self._give_up_after(_DECODE_S, file.link, result, errors.DecodeFailed)
         answer.add_done_callback(partial(self._take, file, result, timer))
         return await result
 
@@ -544,7 +547,7 @@ class Children:
             if not result.done():
                 result.set_exception(error)
         finally:
-            file.link.turn.release()  # guard: pixels are copied before the next image's turn
+            file.link.turn.release()  # not before the pixels are copied
 
     def _copied(self, pixels: np.ndarray) -> torch.Tensor:  # (3, S, S) uint8
         """Copy pixels to memory of the worker, pinned if there is a GPU."""
@@ -554,10 +557,20 @@ class Children:
         np.copyto(place.numpy(), pixels)
         return place
 
-    def _give_up(self, link: _Link, result: asyncio.Future[Any]) -> None:
-        """End a process whose decoder does not return."""
-        problem = f"a decoder did not return within {_DECODE_S:g} s"
-        _log.error("Watchdog: %s", problem)
-        if not result.done():
-            result.set_exception(errors.DecodeFailed(detail=f"watchdog: {problem}"))
-        link.end()
+    def _give_up_after(
+        self,
+        limit_s: float,
+        link: _Link,
+        waiting: asyncio.Future[Any],
+        failure: type[errors.WorkerError],
+    ) -> asyncio.TimerHandle:
+        """End a process, and fail what waits for it, unless the timer is cancelled before."""
+
+        def give_up() -> None:
+            problem = f"a child process did not answer within {limit_s:g} s"
+            _log.error("Watchdog: %s", problem)
+            if not waiting.done():
+                waiting.set_exception(failure(detail=f"watchdog: {problem}"))
+            link.end()  # guard: a child that does not answer is ended
+
+        return self._loop.call_later(limit_s, give_up)

@@ -1,10 +1,11 @@
-"""Child processes that fetch and decode: what they answer, and what becomes of a worker without one."""
+"""Child processes that fetch and decode: what they answer, and what ends with them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ from local_worker import ROOT, PhotoServer, WorkerProcess, is_alive, plain_env, 
 from seeded import hub_env
 
 from heimdex_clip_worker.emulator.server import EmulatorServer
-from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, InferenceFailed, WorkerError
+from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, WorkerError
 from heimdex_clip_worker.model.photos import PHOTOS
 from heimdex_clip_worker.model.preprocess import Preparation, fast
 from heimdex_clip_worker.serving import children as children_module
@@ -94,6 +95,15 @@ def plain(outcome: object) -> object:
     return outcome.values, outcome.size
 
 
+async def soon(is_so: Callable[[], bool]) -> bool:
+    """Wait until something is so, at most 10 seconds."""
+    for _ in range(200):
+        if is_so():
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
 def pids(made: Pipeline) -> list[int]:
     return [link.pid for link in made.children._links]
 
@@ -145,13 +155,10 @@ def test_large_images_have_their_turn(photos: PhotoServer, monkeypatch: pytest.M
 
 def test_hundreds_at_once_keep_their_pixels_apart(photos: PhotoServer):
     names = [random.Random(7).choice(NAMES) for _ in range(300)]
-    expected = dict(
-        zip(NAMES, run(outcomes, [photos.photo(n) for n in NAMES], count=0), strict=True)
-    )
-    for one, name in zip(
-        run(outcomes, [photos.photo(n) for n in names], count=3), names, strict=True
-    ):
-        assert one.values == expected[name].values
+    once = run(outcomes, [photos.photo(name) for name in NAMES], count=0)
+    expected = {name: one.values for name, one in zip(NAMES, once, strict=True)}
+    found = run(outcomes, [photos.photo(name) for name in names], count=3)
+    assert [one.values for one in found] == [expected[name] for name in names]
 
 
 def test_children_serve_one_loop_after_the_other(photos: PhotoServer):
@@ -190,6 +197,26 @@ def test_a_decoder_that_crashes_takes_nothing_with_it(
             assert one.size == (600, 400)
 
 
+def test_files_at_which_a_child_has_ended_are_decoded_one_at_a_time(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    times = tmp_path / "times"
+
+    def crash() -> None:
+        with times.open("a") as file:
+            file.write(f"{time.monotonic()}\n")
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    faulty(monkeypatch, crash, "rocket.jpg")
+    assert {type(one) for one in run(outcomes, [photos.photo("rocket.jpg")] * 2, count=3)} == {
+        DecodeFailed
+    }
+    first, second, *later = sorted(map(float, times.read_text().split()))
+    assert second - first < 0.3 and len(later) == 4
+    assert all(after - before > 0.3 for before, after in itertools.pairwise(later))
+
+
 @pytest.mark.parametrize("holds_the_lock", [False, True])
 def test_a_decoder_that_hangs_is_ended(
     photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, holds_the_lock: bool
@@ -205,14 +232,11 @@ def test_a_decoder_that_hangs_is_ended(
         start = time.monotonic()
         urls = [photos.photo(name) for name in ("rocket.jpg", "coffee.jpg", "coffee.jpg")]
         bad, *good = await outcomes(made, urls)
-        assert isinstance(bad, DecodeFailed) and "did not return within 1 s" in bad.detail
+        assert isinstance(bad, DecodeFailed) and "did not answer within 1 s" in bad.detail
         assert [one.size for one in good] == [(600, 400)] * 2
         assert time.monotonic() - start < 10
         [ended] = first - set(pids(made))
-        deadline = time.monotonic() + 5
-        while is_alive(ended) and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        assert not is_alive(ended) and len(pids(made)) == 2
+        assert await soon(lambda: not is_alive(ended)) and len(pids(made)) == 2
 
     run(hang)
 
@@ -267,12 +291,12 @@ def test_a_child_that_fetches_for_ever_is_ended(
     photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
 ):
     async def fetch(self: object, number: int, url: str) -> None:
-        time.sleep(100)
+        time.sleep(100)  # noqa: ASYNC251 (its loop stands still)
 
     monkeypatch.setattr(children_module._Child, "fetch", fetch)
     monkeypatch.setattr(children_module, "_LATE_S", 0.2)
     [one] = run(outcomes, [photos.photo()], timeout_s=0.3)
-    assert isinstance(one, InferenceFailed) and one.retryable
+    assert isinstance(one, FetchTimeout) and "did not answer within 0.5 s" in one.detail
 
 
 def test_children_that_cannot_start_are_given_up(
@@ -309,10 +333,8 @@ def test_a_file_that_nobody_needs_is_dropped(photos: PhotoServer):
         del file
         assert sum(link.in_hand for link in children._links) == 0
         assert not any(link.answers for link in children._links)
-        deadline = time.monotonic() + 10
-        while photos.dropped["/endless"] == before and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        assert photos.dropped["/endless"] == before + 1  # the child has closed the connection
+        # The child has closed the connection.
+        assert await soon(lambda: photos.dropped["/endless"] == before + 1)
         answer = link.ask(number, max_bytes=None)
         message = await asyncio.wait_for(answer, 10)
         assert message["error"] == "InternalError" and "KeyError" in message["state"]["detail"]
@@ -375,6 +397,19 @@ def test_children_know_no_more_than_they_need():
 
 # --- their end ------------------------------------------------------------------------
 
+
+def test_a_child_ends_when_its_socket_is_closed(photos: PhotoServer):
+    async def closed(made: Pipeline) -> None:
+        await outcomes(made, [photos.photo()] * 2)
+        link = made.children._links[0]
+        asyncio.get_running_loop().remove_reader(link.sock)
+        link.sock.close()
+        assert await soon(lambda: not is_alive(link.pid))
+        made.children._links.remove(link)
+
+    run(closed)
+
+
 OWNER = """
 import os, sys, time
 from test_children import *
@@ -426,14 +461,11 @@ def test_a_worker_answers_alike_and_leaves_no_process(photos: PhotoServer, tmp_p
             env = plain_env(home, **hub_env(home), **platform.worker_env(), DECODE_IN=where)
             with WorkerProcess(env) as worker:
                 found = {name: platform.runsync(job) for name, job in jobs.items()}
-                count = len(psutil.Process(worker.process.pid).children(recursive=True))
-                family = [
-                    p.pid for p in psutil.Process(worker.process.pid).children(recursive=True)
-                ]
+                family = psutil.Process(worker.process.pid).children(recursive=True)
                 worker.terminate()
                 assert worker.wait_for_exit(20) == 0, worker.tail()
-                assert not any(map(is_alive, family))
-            replies[where] = {name: reply["output"] for name, reply in found.items()}, count
+                assert not any(is_alive(process.pid) for process in family)
+            replies[where] = {name: reply["output"] for name, reply in found.items()}, len(family)
     (ours, many), (theirs, few) = replies["processes"], replies["threads"]
     for name in jobs:
         for reply in (ours[name], theirs[name]):

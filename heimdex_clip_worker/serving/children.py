@@ -120,9 +120,10 @@ class _Child:
 
     async def serve(self) -> None:
         """Do what the worker asks for, until it closes the socket."""
-        asyncio.get_running_loop().add_reader(self.link, self.read)
-        self.send(ready=True)
-        await asyncio.Event().wait()
+        async with self.fetcher:
+            asyncio.get_running_loop().add_reader(self.link, self.read)
+            self.send(ready=True)
+            await asyncio.Event().wait()
 
     def send(self, **message: Any) -> None:
         """Send a message to the worker."""
@@ -279,22 +280,26 @@ class _Link:
             self.end()
 
     def read(self) -> None:
-        """Take the answers that are there."""
-        data = b"?"
+        """Take an answer."""
         try:
-            while data := self.sock.recv(_MOST_BYTES, socket.MSG_DONTWAIT):
-                message = json.loads(data)
-                self.is_ready = True
-                answer = self.answers.pop(message.get("number"), None)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+            data = self.sock.recv(_MOST_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
             data = b""
+        if not data:
+            self.end(has_ended=True)
+            return
+        try:
+            message = json.loads(data)
+            answer = self.answers.pop(message.get("number"), None)
         except Exception as error:  # guard: a child that talks nonsense is ended
             _log.error("A child process is not understood: %s", type(error).__name__)
-        self.end(has_ended=not data)
+            self.end()
+            return
+        self.is_ready = True
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     def end(self, has_ended: bool = False) -> None:
         """End the child; what waits for it raises _Gone."""

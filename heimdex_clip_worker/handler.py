@@ -368,7 +368,8 @@ def build(
         children = None
     if children:
         decode_workers = min(decode_workers, _MOST_CHILDREN)
-        children.open(decode_workers, embedder, limits, policy, pixels)
+        # As with threads, one more than one job has slots.
+        children.open(decode_workers + 1, embedder, limits, policy, pixels)
     pipeline = Pipeline(
         embedder,
         Fetcher(limits, policy),

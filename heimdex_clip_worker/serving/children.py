@@ -18,13 +18,14 @@ import socket
 import struct
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from ipaddress import IPv4Network
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from PIL import Image
 
 from .. import errors
 from ..model.image import Embedder
-from ..model.preprocess import Preparation, exact, fast
+from ..model.preprocess import Preparation, exact, fast, one_torch_thread
 from .decode import NeedsMemory, PixelLimits
 from .download import AddressPolicy, Fetcher, FetchLimits
 from .pipeline import prepare_image
@@ -66,7 +67,7 @@ def _policy(config: dict[str, Any]) -> AddressPolicy:
 _MOST_TEXT = 2_000  # characters of an error
 
 
-def _describe(error: Exception) -> dict[str, Any]:
+def _error_to_message(error: Exception) -> dict[str, Any]:
     """Write an error as plain values."""
     if not isinstance(error, errors.WorkerError):
         [*_, frame] = traceback.extract_tb(error.__traceback__)
@@ -78,7 +79,7 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"error": type(error).__name__, "text": str(error)[:_MOST_TEXT], "state": state}
 
 
-def _rebuilt(message: dict[str, Any]) -> Exception:
+def _error_from_message(message: dict[str, Any]) -> Exception:
     """Make the exception that a message describes."""
     if "needs" in message:
         return NeedsMemory(message["needs"])
@@ -91,51 +92,44 @@ def _rebuilt(message: dict[str, Any]) -> Exception:
     return error
 
 # %% ../../nbs/05cb_children.ipynb #child
-_MOST_BYTES = 65_536  # of a message
+_MOST_BYTES = 262_144  # of a message
+_AT_ONCE = 2  # images that a child decodes
+_PR_SET_NAME = 15  # of prctl(2)
 
 
 class _Child:
-    """What a child process does: fetch files, keep them, and decode one at a time."""
+    """What a child process does: fetch files, keep them, and decode them."""
 
-    def __init__(self, link: socket.socket, pixels: mmap.mmap, config: dict[str, Any]):
-        self.link, self.quality = link, config["quality"]
-        self.pixel_limits = PixelLimits(**config["pixels"])
+    def __init__(self, sock: socket.socket, shared: mmap.mmap, config: dict[str, Any]):
+        self.sock, self.pixel_limits = sock, PixelLimits(**config["pixels"])
         self.fetcher = Fetcher(FetchLimits(**config["limits"]), _policy(config["policy"]))
         self.preparation = Preparation(**config["preparation"])
-        side = self.preparation.size
-        self.place = torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side)
+        self.quality, side = config["quality"], self.preparation.size
+        pixels = torch.frombuffer(shared, dtype=torch.uint8).view(_AT_ONCE, 3, side, side)
+        self.eyes = [_Eye(self.preparation, self.quality, place) for place in pixels]
         self.files: dict[int, bytes] = {}
         self.fetches: dict[int, asyncio.Task[None]] = {}
-        self.decoding: asyncio.Task[None] | None = None
-        self.decoder = ThreadPoolExecutor(1, "decode")
-
-    @property
-    def at_least(self) -> int | None:  # pixels; None: all of them
-        """How many pixels of a JPEG's short side are needed, as `Embedder.at_least`."""
-        return self.preparation.draft_size if self.quality == "fast" else None
-
-    def preprocess(self, image: Image.Image) -> torch.Tensor:  # RGB -> (3, S, S) uint8
-        """Write an image's pixels into the shared memory."""
-        return (fast if self.quality == "fast" else exact)(image, self.preparation, self.place)
+        self.decoding: set[asyncio.Task[None]] = set()  # a task must be referred to
+        self.threads = ThreadPoolExecutor(_AT_ONCE, "decode", one_torch_thread)
 
     async def serve(self) -> None:
         """Do what the worker asks for, until it closes the socket."""
         async with self.fetcher:
-            asyncio.get_running_loop().add_reader(self.link, self.read)
+            asyncio.get_running_loop().add_reader(self.sock, self.read)
             self.send(ready=True)
             await asyncio.Event().wait()
 
     def send(self, **message: Any) -> None:
         """Send a message to the worker."""
         try:
-            self.link.send(json.dumps(message).encode())
+            self.sock.send(json.dumps(message).encode())
         except OSError:
             os._exit(0)
 
     def read(self) -> None:
         """Read a message, and begin with what it asks for."""
         try:
-            data = self.link.recv(_MOST_BYTES, socket.MSG_DONTWAIT)
+            data = self.sock.recv(_MOST_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -152,52 +146,73 @@ class _Child:
             task = self.fetches[number] = asyncio.ensure_future(self.fetch(**message))
             task.add_done_callback(lambda _: self.fetches.pop(number, None))
         else:
-            self.decoding = asyncio.ensure_future(self.decode(**message))
+            task = asyncio.ensure_future(self.decode(**message))
+            self.decoding.add(task)
+            task.add_done_callback(self.decoding.discard)
 
     async def fetch(self, number: int, url: str) -> None:
         """Fetch a file, and tell its size."""
         try:
             file = await self.fetcher.fetch(url)
         except Exception as error:
-            self.send(number=number, **_describe(error))
+            self.send(number=number, **_error_to_message(error))
         else:
             self.files[number] = file
             self.send(number=number, size=len(file))
 
-    async def decode(self, number: int, max_bytes: int | None) -> None:
-        """Decode a file into the shared memory, and tell what was in it."""
+    async def decode(self, number: int, max_bytes: int | None, place: int) -> None:
+        """Decode a file into a place of the shared memory, and tell what was in it."""
         try:
-            work = partial(prepare_image, self.files[number], self, self.pixel_limits, max_bytes)
-            done = await asyncio.get_running_loop().run_in_executor(self.decoder, work)
+            work = partial(
+                prepare_image, self.files[number], self.eyes[place], self.pixel_limits, max_bytes
+            )
+            done = await asyncio.get_running_loop().run_in_executor(self.threads, work)
+            message = {"width": done.size[0], "height": done.size[1], "seconds": done.decode_s}
         except NeedsMemory as large:
             self.send(number=number, needs=large.count)
             return
         except Exception as error:
-            message = _describe(error)
-        else:
-            message = {"width": done.size[0], "height": done.size[1], "seconds": done.decode_s}
+            message = _error_to_message(error)
         self.files.pop(number, None)
         self.send(number=number, **message)
 
 
-def _run_child(link: socket.socket, pixels: int, config: dict[str, Any]) -> None:
+class _Eye(NamedTuple):
+    """The part of an `Embedder` that `prepare_image` needs."""
+
+    preparation: Preparation
+    quality: str  # fast or exact
+    place: torch.Tensor  # (3, S, S) uint8: where the pixels are written
+
+    @property
+    def at_least(self) -> int | None:  # pixels; None: all of them
+        """How many pixels of a JPEG's short side are needed."""
+        return self.preparation.draft_size if self.quality == "fast" else None
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:  # RGB -> (3, S, S) uint8
+        """Write an image's pixels into the shared memory."""
+        return (fast if self.quality == "fast" else exact)(image, self.preparation, self.place)
+
+
+def _run_child(sock: socket.socket, shared_fd: int, config: dict[str, Any]) -> None:
     """Be a child process, until the worker ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"fetch")  # what its main thread does; `ps` shows it
     gc.freeze()
     gc.enable()
-    torch.set_num_threads(1)
-    with mmap.mmap(pixels, 0) as memory:
-        asyncio.run(_Child(link, memory, config).serve())
+    asyncio.run(_Child(sock, mmap.mmap(shared_fd, 0), config).serve())
 
-# %% ../../nbs/05cb_children.ipynb #nursery
+# %% ../../nbs/05cb_children.ipynb #fork-server
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def _fork(run: Callable[[], None]) -> int:  # its process id
-    """Start a copy of this process that runs a function, and ends with this process."""
+    """Start a copy of this process that runs a function, and ends with this process.
+
+    Raise OSError if there can be no more processes.
+    """
     parent = os.getpid()
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads. There are those of a mathematical library, which expects it.
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of numpy's threads
         pid = os.fork()
     if pid:
         return pid
@@ -214,69 +229,99 @@ def _fork(run: Callable[[], None]) -> int:  # its process id
     os._exit(1)
 
 
-def _run_nursery(control: socket.socket) -> None:
-    """Start a child for each message."""
+def _run_fork_server(control: socket.socket, other_end: socket.socket) -> None:
+    """Start a child for each message, until the worker closes the socket."""
+    other_end.close()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system removes those that have ended
     while True:
-        data, files, _, _ = socket.recv_fds(control, 1, 3)
+        data, fds, _, _ = socket.recv_fds(control, 1, 3)
         if not data:
             os._exit(0)
-        pid = _fork(partial(_be_child, control, *files))
-        for file in files:
-            os.close(file)
+        try:
+            pid = _fork(partial(_be_child, control, *fds))
+        except OSError:  # guard: without more processes, those that run go on
+            pid = 0
+        for fd in fds:
+            os.close(fd)
         control.send(struct.pack("i", pid))
 
 
-def _be_child(control: socket.socket, link: int, pixels: int, config: int) -> None:
-    """Close what belongs to the nursery, and be a child."""
+def _be_child(control: socket.socket, sock_fd: int, shared_fd: int, config_fd: int) -> None:
+    """Close what belongs to the fork server, and be a child."""
     control.close()
-    with open(config, "rb") as file:
-        file.seek(0)
-        told = json.load(file)
-    _run_child(socket.socket(fileno=link), pixels, told)
+    config = json.loads(os.pread(config_fd, os.fstat(config_fd).st_size, 0))
+    _run_child(socket.socket(fileno=sock_fd), shared_fd, config)
 
 
-def _memory(name: str, size: int) -> int:  # a file descriptor
-    """Make memory that processes can share, and whose size none of them can change."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, size)
+def _shared_memory(name: str, size: int) -> int:  # a file descriptor
+    """Make memory that processes can share, and whose size none of them can change.
+
+    Raise OSError.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
     # guard: shared memory keeps its size
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return descriptor
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd
 
-# %% ../../nbs/05cb_children.ipynb #link
-class _Gone(Exception):
+# %% ../../nbs/05cb_children.ipynb #handle
+class _ChildEnded(Exception):
     """The child process that was to answer has ended."""
 
 
-class _Link:
-    """A child process, as the worker sees it."""
+class _ChildHandle:
+    """A child process, as the worker sees it, in one event loop."""
 
     def __init__(
         self,
         pid: int,
         sock: socket.socket,
-        pixels: np.ndarray,  # (3, S, S) uint8: what the child has written
-        on_end: Callable[[_Link], None],
+        pixels: np.ndarray,  # (_AT_ONCE, 3, S, S) uint8: what the child has written
+        on_end: Callable[[_ChildHandle], None],
     ):
         self.pid, self.sock, self.pixels, self._on_end = pid, sock, pixels, on_end
         self.answers: dict[int, asyncio.Future[dict[str, Any]]] = {}  # that are awaited
+        self.outbox: deque[bytes] = deque()
         self.in_hand = 0  # files that it fetches, keeps or decodes
-        # guard: a child decodes one image at a time
-        self.turn = asyncio.Lock()
-        self.is_ready = self.is_gone = False
+        self.places = [*range(_AT_ONCE)]  # of `pixels`, in which nothing is decoded
+        self.has_place = asyncio.Semaphore(_AT_ONCE)
+        self.is_ready = self.has_ended = False
+        self.loop: asyncio.AbstractEventLoop | None = None
 
-    def ask(self, number: int, **message: Any) -> asyncio.Future[dict[str, Any]]:
-        """Send a message about a file; return the future of its answer."""
-        answer = self.answers[number] = asyncio.get_running_loop().create_future()
-        self.tell(number, **message)
-        return answer
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Listen to the child in a loop."""
+        self.loop = loop
+        loop.add_reader(self.sock, self.read)
+
+    async def ask(
+        self, number: int, limit_s: float, failure: type[errors.WorkerError], **message: Any
+    ) -> dict[str, Any]:
+        """Send a message about a file, and wait for its answer; raise `failure` or _ChildEnded."""
+        answer = self.answers[number] = self.loop.create_future()
+        timer = self.loop.call_later(limit_s, self._expire, answer, failure, limit_s)
+        try:
+            self.tell(number, **message)
+            return await answer
+        finally:
+            timer.cancel()
+            self.answers.pop(number, None)
 
     def tell(self, number: int, **message: Any) -> None:
         """Send a message about a file."""
+        self.outbox.append(json.dumps({"number": number, **message}).encode())
+        if len(self.outbox) == 1:
+            self._send()
+
+    def _send(self) -> None:
+        """Send what is in the outbox, now or as soon as there is room in the socket."""
         try:
-            self.sock.send(json.dumps({"number": number, **message}).encode(), socket.MSG_DONTWAIT)
-        except OSError:  # it has ended, or has read nothing for long
+            while self.outbox:
+                self.sock.send(self.outbox[0], socket.MSG_DONTWAIT)
+                self.outbox.popleft()
+            self.loop.remove_writer(self.sock)
+        except BlockingIOError:
+            self.loop.add_writer(self.sock, self._send)  # guard: a slow child gets its messages
+        except OSError:
             self.end()
 
     def read(self) -> None:
@@ -288,11 +333,11 @@ class _Link:
         except OSError:
             data = b""
         if not data:
-            self.end(has_ended=True)
+            self.end(kill=False)
             return
         try:
             message = json.loads(data)
-            answer = self.answers.pop(message.get("number"), None)
+            answer = self.answers.get(message.get("number"))
         except Exception as error:  # guard: a child that talks nonsense is ended
             _log.error("A child process is not understood: %s", type(error).__name__)
             self.end()
@@ -301,60 +346,87 @@ class _Link:
         if answer is not None and not answer.done():
             answer.set_result(message)
 
-    def end(self, has_ended: bool = False) -> None:
-        """End the child; what waits for it raises _Gone."""
-        if self.is_gone:
+    def _expire(
+        self,
+        answer: asyncio.Future[dict[str, Any]],
+        failure: type[errors.WorkerError],
+        limit_s: float,
+    ) -> None:
+        """End the child, which has not answered in time."""
+        if answer.done():
             return
-        self.is_gone = True
-        if not has_ended:
+        problem = f"a child process did not answer within {limit_s:g} s"
+        _log.error("Watchdog: %s", problem)
+        answer.set_exception(failure(detail=f"watchdog: {problem}"))
+        self.end()  # guard: a child that does not answer is ended
+
+    def end(self, kill: bool = True) -> None:
+        """End the child; what waits for it raises _ChildEnded."""
+        if self.has_ended:
+            return
+        self.has_ended = True
+        if kill:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-        self._on_end(self)
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.remove_reader(self.sock)
+            self.loop.remove_writer(self.sock)
+            for answer in [*self.answers.values()]:
+                if not answer.done():
+                    answer.set_exception(_ChildEnded())
         self.sock.close()
-        for answer in [*self.answers.values()]:
-            if not answer.done():
-                answer.set_exception(_Gone())
-                answer.exception()  # perhaps nobody waits for it any more
-        self.answers.clear()
+        self._on_end(self)
 
-# %% ../../nbs/05cb_children.ipynb #children-themselves
-_START_S = 5.0  # for the start of a child
-_DECODE_S = 30.0  # for one image
-_LATE_S = 5.0  # after its deadline a fetch is no longer waited for
-_TRIES = 3  # to decode a file, if its child ends
-_MOST_MOVES = 30  # of a file from a child that has ended to another one
-_MOST_FAILURES = 5  # children in a row that end before they are ready
-
-
+# %% ../../nbs/05cb_children.ipynb #fetched
 class _Fetched:
     """A file that a child fetches, and keeps until it is decoded."""
 
-    def __init__(self, children: Children, link: _Link, number: int, url: str):
-        self.children, self.link, self.number, self.url = children, link, number, url
+    def __init__(self, children: Children, child: _ChildHandle, number: int, url: str):
+        self.children, self.child, self.number, self.url = children, child, number, url
         self.size = 0  # bytes
         self._is_in_hand = True
-        link.in_hand += 1
+        child.in_hand += 1
 
     def __len__(self) -> int:
         return self.size
 
     def __del__(self) -> None:
-        self.end(drop=True)
+        if self._is_in_hand:  # this may be any thread
+            with suppress(RuntimeError):  # the loop is closed
+                self.child.loop.call_soon_threadsafe(_let_go, self.child, self.number)
 
-    def end(self, *, drop: bool) -> None:
-        """Count the file no more; `drop`: the child may still have it, and is told to forget it."""
-        if not self._is_in_hand:
-            return
-        self._is_in_hand = False
-        self.link.in_hand -= 1
-        if drop and not self.link.is_gone:
-            self.link.tell(self.number, drop=True)  # guard: a file that nobody needs is dropped
+    def release(self, *, drop: bool) -> None:
+        """Count the file no more; `drop`: the child may still have it."""
+        if self._is_in_hand:
+            self._is_in_hand = False
+            _let_go(self.child, self.number, drop=drop)
 
     async def prepare(
-        self, max_bytes: int | None
+        self,
+        max_bytes: int | None,  # of memory for decoding; None: as many as it takes
     ) -> tuple[tuple[int, int], torch.Tensor, float]:  # size, (3, S, S) uint8, seconds
         """Decode the file; raise WorkerError subclasses or NeedsMemory."""
-        return await self.children.prepare(self, max_bytes)
+        return await self.children._prepare(self, max_bytes)
+
+
+def _let_go(child: _ChildHandle, number: int, *, drop: bool = True) -> None:
+    child.in_hand -= 1
+    if drop and not child.has_ended:
+        child.tell(number, drop=True)  # guard: a file that nobody needs is dropped
+
+# %% ../../nbs/05cb_children.ipynb #children-themselves
+_START_S = 5.0  # for the start of a child
+_DECODE_S = 30.0  # for one image
+_LATE_S = 5.0  # an answer may come so much later than the deadline of its fetch
+_TRIES = 3  # to decode a file, if its child ends
+_MOST_MOVES = 30  # of a file from a child that has ended to another one
+_MOST_FAILURES = 5  # children in a row that end before they are ready
+_PAUSE_S = 10.0  # until the start of children is tried again
+
+
+def _load(child: _ChildHandle) -> tuple[bool, int]:
+    """Measure how much a child has to do; one without a free place has the most."""
+    return not child.places, child.in_hand
 
 
 class Children:
@@ -365,217 +437,223 @@ class Children:
     """
 
     def __init__(self, pid: int, control: socket.socket):
-        self._pid, self._control = pid, control  # of the nursery
-        self._links: list[_Link] = []
+        self._pid, self._control = pid, control  # of the fork server
+        self._children: list[_ChildHandle] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._count = self._number = self._failures = 0
-        self._doubtful = asyncio.Lock()  # held while a file at which a child has ended is decoded
+        self._next_try: asyncio.TimerHandle | None = None
 
     @classmethod
-    def fork(cls) -> Children | None:  # None: this system cannot do it
-        """Fork the nursery, before this process has threads."""
+    def fork(cls) -> Children | None:  # None: impossible here
+        """Fork the fork server, before this process has threads."""
         if not (hasattr(os, "fork") and hasattr(os, "memfd_create")):
             return None
-        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-        def run() -> None:
-            mine.close()
-            _run_nursery(its)
-
-        pid = _fork(run)
-        its.close()
+        try:
+            mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with its:
+                pid = _fork(partial(_run_fork_server, its, mine))
+        except OSError as error:
+            _log.warning("No child processes: %s", error)
+            return None
         mine.settimeout(_START_S)
         return cls(pid, mine)
 
     @property
     def is_usable(self) -> bool:
         """True while there are processes."""
-        return bool(self._links)
+        return bool(self._children)
 
     def open(
         self,
-        count: int,
+        count: int,  # of processes, 1 or more
         embedder: Embedder,  # with `fast` or `exact` preprocessing, not with a transform
         limits: FetchLimits,
         policy: AddressPolicy,
         pixels: PixelLimits,
     ) -> None:
-        """Start `count` processes; after an error there are fewer, or none."""
+        """Start processes, at most one for each connection to a host; raise OSError."""
+        self._count = min(count, limits.max_connections)
         # guard: all children together keep to the connections of a host
-        share = max(1, limits.max_connections // count)
-        self._count, self._limits = count, replace(limits, max_connections=share)
-        self._side = embedder.preparation.size
+        share = limits.max_connections // self._count
+        self._limits = replace(limits, max_connections=share)
+        self._side, self._most_decoders = embedder.preparation.size, count
         self._lend = embedder.runner.lend if embedder.runner else lambda: None
         config = _config(embedder, self._limits, policy, pixels)
-        self._config = _memory("config", len(config))
-        os.pwrite(self._config, config, 0)
-        for _ in range(count):
-            self._start()
+        self._config_fd = _shared_memory("config", len(config))
+        os.pwrite(self._config_fd, config, 0)
+        self._fill()
 
     def close(self) -> None:
         """End all processes."""
+        if self._count:
+            os.close(self._config_fd)
         self._count = 0
-        for link in [*self._links]:
-            link.end()
+        if self._next_try:
+            self._next_try.cancel()
+        for child in [*self._children]:
+            child.end()
         self._control.close()
         with suppress(OSError):
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
 
-    def _start(self) -> None:
-        """Start a process; log an error if that is impossible."""
-        size = 3 * self._side**2
-        memory = _memory("pixels", size)
-        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _start(self) -> bool:
+        """Start a process; log an error and return false if that is impossible."""
+        size, fds = _AT_ONCE * 3 * self._side**2, []
         try:
-            socket.send_fds(self._control, [b"+"], [its.fileno(), memory, self._config])
-            [pid] = struct.unpack("i", self._control.recv(4))
-            pixels = np.frombuffer(mmap.mmap(memory, size, prot=mmap.PROT_READ), np.uint8)
-        except (OSError, struct.error) as error:
-            mine.close()
-            _log.error("No child process can be started: %s", type(error).__name__)
-            return
+            mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            fds = [its.detach(), _shared_memory("pixels", size)]
+            shared = mmap.mmap(fds[1], size, prot=mmap.PROT_READ)
+            pid = self._fork_child([*fds, self._config_fd])
+        except OSError as error:
+            _log.error("No child process can be started: %s", error)
+            return False
         finally:
-            its.close()
-            os.close(memory)
-        link = _Link(pid, mine, pixels.reshape(3, self._side, self._side), self._replace)
-        self._links.append(link)
+            for fd in fds:
+                os.close(fd)
+        pixels = np.frombuffer(shared, np.uint8).reshape(_AT_ONCE, 3, self._side, self._side)
+        child = _ChildHandle(pid, mine, pixels, self._replace)
+        self._children.append(child)
         if self._loop is not None:
-            self._loop.add_reader(mine, link.read)
+            child.attach(self._loop)
+        return True
 
-    def _replace(self, link: _Link) -> None:
+    def _fork_child(self, fds: list[int]) -> int:  # its process id
+        """Let the fork server start a child; raise OSError."""
+        try:
+            socket.send_fds(self._control, [b"+"], fds)
+            reply = self._control.recv(4)
+        except OSError:
+            self._control.close()  # guard: a late reply is not that of another child
+            raise
+        pid = struct.unpack("i", reply)[0] if reply else 0
+        if not pid:
+            raise OSError("the system allows no more processes")
+        return pid
+
+    def _fill(self) -> None:
+        """Start the processes that are missing."""
+        self._next_try, self._failures = None, 0
+        while len(self._children) < self._count and self._start():
+            pass
+        if len(self._children) < self._count:
+            self._try_later()
+
+    def _try_later(self) -> None:
+        """Start the processes that are missing in a while."""
+        if not self._children:
+            _log.error("There is no child process: images are fetched and decoded in threads")
+        if self._loop is not None and self._next_try is None:
+            self._next_try = self._loop.call_later(_PAUSE_S, self._fill)
+
+    def _replace(self, child: _ChildHandle) -> None:
         """Start another process in place of one that has ended."""
-        self._links.remove(link)
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(link.sock)
+        self._children.remove(child)
         if not self._count:  # all of them are being ended
             return
-        self._failures = 0 if link.is_ready else self._failures + 1
-        _log.warning("The child process %d has ended with %d files in hand", link.pid, link.in_hand)
-        if self._failures < _MOST_FAILURES:  # guard: children that cannot start are given up
-            self._start()
-        elif not self._links:
-            _log.error("No child process starts: images are fetched and decoded in threads")
+        _log.warning("Child process %d has ended with %d files in hand", child.pid, child.in_hand)
+        self._failures = 0 if child.is_ready else self._failures + 1
+        # guard: children that cannot start are given up for a while
+        if self._failures >= _MOST_FAILURES or not self._start():
+            self._try_later()
 
-    def _enter(self) -> None:
+    def _attach(self) -> None:
         """Listen to the processes in the running loop."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
-        is_first, self._loop = self._loop is None, loop
-        for link in [*self._links]:
+        is_first, self._loop, self._next_try = self._loop is None, loop, None
+        self._decoders = asyncio.Semaphore(self._most_decoders)
+        self._doubtful = asyncio.Lock()  # held while a doubtful file is decoded
+        for child in [*self._children]:
             if is_first:
-                loop.add_reader(link.sock, link.read)
+                child.attach(loop)
             else:
-                link.end()  # guard: answers stay in their loop
+                child.is_ready = True  # that it ends is not its failure
+                child.end()  # guard: answers stay in their loop
+        if len(self._children) < self._count:
+            self._try_later()
 
     async def fetch(self, url: str) -> _Fetched:
         """Fetch the file behind `url`; raise DownloadError subclasses or InferenceFailed."""
-        self._enter()
+        self._attach()
         for _ in range(_MOST_MOVES):
-            if self._links:
-                link = min(self._links, key=lambda link: link.in_hand)
-                with suppress(_Gone):  # guard: a file whose child ends is fetched again
-                    return await self._fetch(link, url)
+            if not self._children:
+                break
+            child = min(self._children, key=_load)
+            with suppress(_ChildEnded):  # guard: a file whose child ends is fetched again
+                return await self._fetch(child, url)
         raise errors.InferenceFailed(detail="the child processes that fetch images end")
 
-    async def _fetch(self, link: _Link, url: str) -> _Fetched:
-        """Fetch a file in one process; raise DownloadError subclasses or _Gone."""
+    async def _fetch(self, child: _ChildHandle, url: str) -> _Fetched:
+        """Fetch a file in one process; raise DownloadError subclasses or _ChildEnded."""
         self._number += 1
-        file = _Fetched(self, link, self._number, url)
-        answer = link.ask(file.number, url=url)
+        file = _Fetched(self, child, self._number, url)
+        # guard: a child's fetch has a deadline
         limit_s = self._limits.timeout_s + _LATE_S
-        timer = self._give_up_after(limit_s, link, answer, errors.FetchTimeout)
         try:
-            message = await answer
+            message = await child.ask(file.number, limit_s, errors.FetchTimeout, url=url)
         except BaseException:
-            file.end(drop=True)
+            file.release(drop=True)
             raise
-        finally:
-            timer.cancel()
-            link.answers.pop(file.number, None)
         if "error" in message:
-            file.end(drop=False)
-            raise _rebuilt(message)
+            file.release(drop=False)
+            raise _error_from_message(message)
         file.size = message["size"]
         return file
 
-    async def prepare(
-        self,
-        file: _Fetched,
-        max_bytes: int | None,  # of memory for decoding; None: as many as it takes
-    ) -> tuple[tuple[int, int], torch.Tensor, float]:  # size, (3, S, S) uint8, seconds
-        """Decode a file where it is; raise WorkerError subclasses or NeedsMemory."""
-        with suppress(_Gone):
+    async def _prepare(
+        self, file: _Fetched, max_bytes: int | None
+    ) -> tuple[tuple[int, int], torch.Tensor, float]:
+        """Decode a file, which may have to move; raise WorkerError subclasses or NeedsMemory."""
+        with suppress(_ChildEnded):
             return await self._decode(file, max_bytes)
         for _ in range(_TRIES - 1):
             async with self._doubtful:  # guard: doubtful files end one child at a time
                 file = await self.fetch(file.url)
-                with suppress(_Gone):  # guard: a file whose child ends is decoded again
+                with suppress(_ChildEnded):  # guard: a file whose child ends is decoded again
                     return await self._decode(file, max_bytes)
         raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
 
     async def _decode(
         self, file: _Fetched, max_bytes: int | None
     ) -> tuple[tuple[int, int], torch.Tensor, float]:
-        """Decode a file; raise WorkerError subclasses, NeedsMemory, or _Gone if it ends a child."""
-        await file.link.turn.acquire()
-        while file.link.is_gone:  # it has ended at another file
-            file.link.turn.release()
-            file = await self.fetch(file.url)
-            await file.link.turn.acquire()
-        result = self._loop.create_future()
-        answer = file.link.ask(file.number, max_bytes=max_bytes)
-        timer = self._give_up_after(_DECODE_S, file.link, result, errors.DecodeFailed)
-        answer.add_done_callback(partial(self._take, file, result, timer))
-        return await result
+        """Decode a file; raise WorkerError subclasses, NeedsMemory, or _ChildEnded."""
+        # guard: a place is in use until its child has answered
+        return await asyncio.shield(asyncio.ensure_future(self._decode_now(file, max_bytes)))
 
-    def _take(
-        self,
-        file: _Fetched,
-        result: asyncio.Future[Any],
-        timer: asyncio.TimerHandle,
-        answer: asyncio.Future[dict[str, Any]],
-    ) -> None:
-        """Pass the outcome of a decoder on, and give the next image its turn."""
-        timer.cancel()
+    async def _decode_now(
+        self, file: _Fetched, max_bytes: int | None
+    ) -> tuple[tuple[int, int], torch.Tensor, float]:
+        """Decode a file; as a task of its own, it is not cancelled with its job."""
+        async with self._decoders:
+            while True:
+                async with file.child.has_place:
+                    if not file.child.has_ended:
+                        return await self._decode_there(file, max_bytes)
+                file = await self.fetch(file.url)  # its child has ended while it waited
+
+    async def _decode_there(
+        self, file: _Fetched, max_bytes: int | None
+    ) -> tuple[tuple[int, int], torch.Tensor, float]:
+        """Decode a file in a place of its child; raise as `_decode`."""
+        child, place = file.child, file.child.places.pop()
+        how = {"max_bytes": max_bytes, "place": place}
         try:
-            message = answer.result()
+            message = await child.ask(file.number, _DECODE_S, errors.DecodeFailed, **how)
             if "needs" not in message:
-                file.end(drop=False)
+                file.release(drop=False)
             if "width" not in message:
-                raise _rebuilt(message)
-            if not result.done():  # else nobody waits for it
-                size = message["width"], message["height"]
-                result.set_result((size, self._copied(file.link.pixels), message["seconds"]))
-        except Exception as error:
-            if not result.done():
-                result.set_exception(error)
+                raise _error_from_message(message)
+            size = message["width"], message["height"]
+            return size, self._copied(child.pixels[place]), message["seconds"]
         finally:
-            file.link.turn.release()  # not before the pixels are copied
+            child.places.append(place)
 
     def _copied(self, pixels: np.ndarray) -> torch.Tensor:  # (3, S, S) uint8
-        """Copy pixels to memory of the worker, pinned if there is a GPU."""
-        place = self._lend()
-        if place is None:
-            place = torch.empty(pixels.shape, dtype=torch.uint8)
-        np.copyto(place.numpy(), pixels)
-        return place
-
-    def _give_up_after(
-        self,
-        limit_s: float,
-        link: _Link,
-        waiting: asyncio.Future[Any],
-        failure: type[errors.WorkerError],
-    ) -> asyncio.TimerHandle:
-        """End a process, and fail what waits for it, unless the timer is cancelled before."""
-
-        def give_up() -> None:
-            problem = f"a child process did not answer within {limit_s:g} s"
-            _log.error("Watchdog: %s", problem)
-            if not waiting.done():
-                waiting.set_exception(failure(detail=f"watchdog: {problem}"))
-            link.end()  # guard: a child that does not answer is ended
-
-        return self._loop.call_later(limit_s, give_up)
+        """Copy pixels to memory of the worker; if there is a GPU, to pinned memory that is free."""
+        copy = self._lend()
+        if copy is None:
+            copy = torch.empty(pixels.shape, dtype=torch.uint8)
+        np.copyto(copy.numpy(), pixels)
+        return copy

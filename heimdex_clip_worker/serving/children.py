@@ -92,6 +92,7 @@ def _rebuilt(message: dict[str, Any]) -> Exception:
 
 # %% ../../nbs/05cb_children.ipynb #child
 _MOST_BYTES = 65_536  # of a message
+_PR_SET_NAME = 15  # of prctl(2)
 
 
 class _Child:
@@ -179,6 +180,7 @@ class _Child:
 
 def _run_child(link: socket.socket, pixels: int, config: dict[str, Any]) -> None:
     """Be a child process, until the worker ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"fetch")  # what its main thread does; `ps` shows it
     gc.freeze()
     gc.enable()
     torch.set_num_threads(1)

@@ -19,7 +19,13 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.1e}" if 0 < abs(value) < 0.01 else number(value)
+        if 0 < abs(value) < 0.01:
+            return f"{value:.1e}" if abs(value) < 0.001 else f"{value:.3f}"
+        return number(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(cell(part) for part in value)
     return str(value)
 
 
@@ -36,7 +42,7 @@ def rows_table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def why(result: Results) -> list[str]:
     """List why a part has failed or was skipped, in short lines."""
-    lines = [*result.get("problems", [])]
+    lines = [problem.partition("\n")[0] for problem in result.get("problems", [])]
     if result.get("error"):
         lines.append(result["error"].strip().splitlines()[-1])
     if result.get("reason"):
@@ -72,7 +78,7 @@ def vectors(values: Results) -> str:
     served = [(r["precision"], r["drift"], r["allowed"]) for r in values.get("as_served", [])]
     return "\n\n".join([
         "1 - cosine to open_clip in float32 on the same device. open_clip here, to its own vectors "
-        f"in the package: {values.get('open_clip_from_package')}.",
+        f"in the package: {cell(values.get('open_clip_from_package'))}.",
         rows_table(head, rows),
         rows_table(["precision", "golden vectors at the start", "allowed"], served),
     ])  # fmt: skip
@@ -106,9 +112,10 @@ def gpu_path(values: Results) -> str:
 def loads(rows: list[Results]) -> str:
     """Write runs of workers under load, with CPU time by thread."""
     head = ["worker", "photographs", "scheme", "in a job", "callers", "images/s"]
-    head += [f"{name}, ms" for name in PARTS] + ["callers, ms"]
+    head += ["cores busy"] + [f"{name}, ms" for name in PARTS] + ["callers, ms"]
     return rows_table(head, [
         (r["worker"], r["photos"], r["scheme"], r["images"], r["callers"], r["images_per_s"],
+         f"{r['images_per_s'] * sum(r['cpu_ms'].values()) / 1000:.1f}",
          *(r["cpu_ms"][name] for name in PARTS), r["callers_cpu_ms"])
         for r in rows
     ])  # fmt: skip
@@ -166,17 +173,20 @@ def options(values: Results) -> str:
 
 
 def cpu_time(values: Results) -> str:
-    """Write CPU time by thread, and which ceiling is the lowest."""
+    """Write how decoding grows with threads, CPU time by thread, and the ceilings."""
     decoding = [
-        (r["photos"], r["one_thread_ms"], r["threads"], r["all_threads_images_per_s"])
+        (r["photos"], r["one_thread_ms"], r["threads"], r["all_threads_images_per_s"],
+         f"{r['all_threads_images_per_s'] * r['one_thread_ms'] / 1000:.1f}")
         for r in values.get("decoding", [])
-    ]
+    ]  # fmt: skip
     head = ["photographs", "decoding, ms of one thread", "threads", "all of them, images/s"]
+    head += ["times one thread"]
     ceilings = [
         (r["photos"], r["images"], r["images_per_s"], r["loop_ceiling"], r["decode_ceiling"])
         for r in values.get("cpu", [])
     ]
-    other = ["photographs", "in a job", "images/s", "ceiling of a loop", "ceiling of decoding"]
+    other = ["photographs", "in a job", "images/s", "ceiling of a loop"]
+    other += ["decoding, if every core decoded"]
     return "\n\n".join([
         rows_table(head, decoding), loads(values.get("cpu", [])), rows_table(other, ceilings)
     ])  # fmt: skip
@@ -209,6 +219,8 @@ def page(results: Results) -> str:
             f" Python {about['python']}, torch {about['torch']}; {results['form']} form,"
             f" {results['seconds']:.0f} s.", "",
         ]  # fmt: skip
+    if results.get("note"):
+        lines += [results["note"], ""]
     rows = [(p["title"], p["status"], p.get("seconds")) for p in results["parts"].values()]
     lines += [rows_table(["part", "result", "s"], rows), ""]
     for name, part in results["parts"].items():
@@ -216,7 +228,7 @@ def page(results: Results) -> str:
         problems = [f"**{part['status']}**: {line}" for line in why(part)]
         texts = [f"## {part['title']}", *problems, body]
         lines += [line for text in texts if text for line in (text, "")]
-        if part.get("error"):
+        if "\n" in part.get("error", "").strip():
             lines += ["```", part["error"].strip(), "```", ""]
     return "\n".join(lines)
 
@@ -245,28 +257,50 @@ def draw_encoding(axes: Any, results: Results) -> None:
         [line] = axes.plot(batches, [r["images_per_s"] for r in mine], "o-", label=precision)
         alone = [row["on_device_images_per_s"] for row in mine]
         axes.plot(batches, alone, ":", color=line.get_color())
+    axes.plot([], [], ":", color="black", label="on the device alone")
     axes.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images per second")
     axes.set_xticks(batches, [str(batch) for batch in batches])
+    low, high = axes.get_ylim()
+    ticks = [n * 10**power for power in range(7) for n in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False, title="dotted: without copies")
+    axes.grid(axis="y", color="#e0e0e0", lw=0.8)
+    axes.legend(frameon=False)
 
 
 def draw_loads(axes: Any, results: Results) -> None:
-    """Draw the worker's rate by load, and the lowest ceilings of its CPU time."""
-    rows = [row for row in values_of(results, "end-to-end")["loads"]]
-    names = [f"{r['worker']}, {r['photos']}, {r['scheme']}, {r['images']}" for r in rows]
+    """Draw the workers' rates by load, and what all decoding threads reach beside them."""
+    from benchmarks.plots import COLOURS, NAMES
+
+    loads = values_of(results, "end-to-end")["loads"]
+    kinds = dict.fromkeys(row["photos"] for row in loads)
+    rows = [row for kind in kinds for row in loads if row["photos"] == kind]
     rates = [row["images_per_s"] for row in rows]
-    axes.barh(range(len(rows)), rates, color="#1a5fb4")
+    axes.barh(range(len(rows)), rates, color=[COLOURS[row["worker"]] for row in rows])
     for at, rate in enumerate(rates):
         axes.annotate(f" {rate:,.0f}", (rate, at), va="center", fontsize=8)
+    names = [f"{r['photos']}, {r['scheme'].upper()}, {r['images']} in a job" for r in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="images per second (worker, photographs, scheme, images in a job)")
-    for row in values_of(results, "cpu-time").get("decoding", []):
-        rate = row["all_threads_images_per_s"]
-        axes.axvline(rate, color="black", ls=":", lw=1)
-        axes.annotate(f"decoding, {row['photos']}", (rate, len(rows) - 0.6), fontsize=7,
-                      rotation=90, ha="right", va="bottom")  # fmt: skip
+    workers = [NAMES[name] for name in dict.fromkeys(row["worker"] for row in rows)]
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel=f"images per second of {' and '.join(workers)}")
+    decoding = values_of(results, "cpu-time").get("decoding", [])
+    most = max([*rates, *(row["all_threads_images_per_s"] for row in decoding)])
+    axes.set_xlim(0, 1.1 * most)
+    for row in decoding:
+        places = [at for at, load in enumerate(rows) if load["photos"] == row["photos"]]
+        if not places:
+            continue
+        rate, ends = row["all_threads_images_per_s"], (places[0] - 0.5, places[-1] + 0.5)
+        axes.plot([rate, rate], ends, ":", color="black", lw=1.2)
+        is_far = rate > 0.7 * most
+        axes.annotate(
+            f"{row['threads']} threads\nthat only decode\n{rate:,.0f}", (rate, sum(ends) / 2),
+            xytext=(-6 if is_far else 6, 0), textcoords="offset points", fontsize=8,
+            ha="right" if is_far else "left", va="center",
+        )  # fmt: skip
 
 
 def draw(results: Results, path: Path) -> list[Path]:

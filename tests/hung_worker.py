@@ -1,7 +1,8 @@
-"""The fake worker with a part that never returns: `python hung_worker.py`.
+"""The fake worker with a part that never returns, or a lost device: `python hung_worker.py`.
 
 `HANG` names the part: `model`, `lock` (the model, which holds the interpreter lock), `decoder` (at
-`clock.png` alone) or `check` (before the first job).
+`clock.png` alone) or `check` (before the first job). With `HANG=device` the model loses its device
+instead, and holds something whose destructor aborts the process, as a tensor's would.
 `HANG_AFTER=3` lets three runs of the model return before. A line says when it begins.
 """
 
@@ -17,6 +18,7 @@ import fake_worker
 import torch
 from PIL import Image
 
+from heimdex_clip_worker.model.image import run_tower
 from heimdex_clip_worker.serving import pipeline, process, watchdog
 
 HANG = os.environ.get("HANG", "")
@@ -31,6 +33,19 @@ def hang(part: str) -> None:
         if part == "lock":
             ctypes.PyDLL(None).sleep(100_000)
         time.sleep(100_000)
+
+
+class Tensor:
+    """On a lost device: it cannot be freed."""
+
+    def __del__(self) -> None:
+        os.abort()
+
+
+def on_a_lost_device(pixels: torch.Tensor) -> None:
+    """Fail as a tower does."""
+    held = Tensor()
+    raise RuntimeError(f"CUDA error: device-side assert triggered, with {type(held)} in hand")
 
 
 class Embedder(fake_worker.FakeEmbedder):
@@ -48,6 +63,8 @@ class Embedder(fake_worker.FakeEmbedder):
         if self.runs[0] > HANG_AFTER:
             hang("model")
             hang("lock")
+            if HANG == "device":
+                return run_tower(on_a_lost_device, pixels, "cpu")
         return super().encode(pixels)
 
 

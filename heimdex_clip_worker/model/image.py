@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import re
 import time
@@ -153,9 +154,16 @@ def _is_lost(error: Exception, device: torch.device) -> bool:
     return device.type != "cpu" and not _computes(device)  # guard: a device that computes nothing
 
 
+def _never_free(error: Exception) -> None:
+    """Keep an error and all that the frames of its traceback hold, even while Python ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
+
+
 def _inference_failed(error: Exception, device: str | torch.device = "cpu") -> InferenceFailed:
     """Translate what torch raised; fatal if the device is lost."""
     lost = _is_lost(error, torch.device(device))
+    if lost:
+        _never_free(error)  # guard: what a lost device held is never freed
     return InferenceFailed(detail=in_one_line(error), fatal=lost)
 
 # %% ../../nbs/04_embed.ipynb #to-device
@@ -366,11 +374,11 @@ class Embedder:
 # %% ../../nbs/04_embed.ipynb #make-runner
 def _unless_lost(error: Exception, device: str | torch.device, consequence: str) -> None:
     """Log what a failure means for the speed; raise InferenceFailed if the device is lost."""
-    failed = _inference_failed(error, device)
     is_capture = "captur" in str(error).lower() and _computes(torch.device(device))
-    if failed.fatal and not is_capture:  # guard: a device that is lost at the start is told
+    failed = None if is_capture else _inference_failed(error, device)
+    if failed and failed.fatal:  # guard: a device that is lost at the start is told
         raise failed from error
-    _log.warning("%s: %s", consequence, failed.detail)
+    _log.warning("%s: %s", consequence, in_one_line(error))
 
 
 def _make_runner(

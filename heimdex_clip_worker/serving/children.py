@@ -106,7 +106,8 @@ class _Child:
         side = self.preparation.size
         self.place = torch.frombuffer(pixels, dtype=torch.uint8).view(3, side, side)
         self.files: dict[int, bytes] = {}
-        self.tasks: dict[int, asyncio.Task[None]] = {}  # of files that are fetched or decoded
+        self.fetches: dict[int, asyncio.Task[None]] = {}
+        self.decoding: asyncio.Task[None] | None = None
         self.decoder = ThreadPoolExecutor(1, "decode")
 
     @property
@@ -120,9 +121,10 @@ class _Child:
 
     async def serve(self) -> None:
         """Do what the worker asks for, until it closes the socket."""
-        asyncio.get_running_loop().add_reader(self.link, self.read)
-        self.send(ready=True)
-        await asyncio.Event().wait()
+        async with self.fetcher:
+            asyncio.get_running_loop().add_reader(self.link, self.read)
+            self.send(ready=True)
+            await asyncio.Event().wait()
 
     def send(self, **message: Any) -> None:
         """Send a message to the worker."""
@@ -145,12 +147,13 @@ class _Child:
         number = message["number"]
         if "drop" in message:
             self.files.pop(number, None)
-            if number in self.tasks:
-                self.tasks[number].cancel()
-            return
-        work = self.fetch(number, message["url"]) if "url" in message else self.decode(**message)
-        task = self.tasks[number] = asyncio.ensure_future(work)
-        task.add_done_callback(lambda _: self.tasks.pop(number, None))
+            if number in self.fetches:
+                self.fetches[number].cancel()
+        elif "url" in message:
+            task = self.fetches[number] = asyncio.ensure_future(self.fetch(**message))
+            task.add_done_callback(lambda _: self.fetches.pop(number, None))
+        else:
+            self.decoding = asyncio.ensure_future(self.decode(**message))
 
     async def fetch(self, number: int, url: str) -> None:
         """Fetch a file, and tell its size."""
@@ -164,8 +167,8 @@ class _Child:
 
     async def decode(self, number: int, max_bytes: int | None) -> None:
         """Decode a file into the shared memory, and tell what was in it."""
-        work = partial(prepare_image, self.files[number], self, self.pixel_limits, max_bytes)
         try:
+            work = partial(prepare_image, self.files[number], self, self.pixel_limits, max_bytes)
             done = await asyncio.get_running_loop().run_in_executor(self.decoder, work)
         except NeedsMemory as large:
             self.send(number=number, needs=large.count)
@@ -261,7 +264,8 @@ class _Link:
         self.pid, self.sock, self.pixels, self._on_end = pid, sock, pixels, on_end
         self.answers: dict[int, asyncio.Future[dict[str, Any]]] = {}  # that are awaited
         self.in_hand = 0  # files that it fetches, keeps or decodes
-        self.turn = asyncio.Lock()  # held while it decodes
+        # guard: a child decodes one image at a time
+        self.turn = asyncio.Lock()
         self.is_ready = self.is_gone = False
 
     def ask(self, number: int, **message: Any) -> asyncio.Future[dict[str, Any]]:
@@ -278,20 +282,26 @@ class _Link:
             self.end()
 
     def read(self) -> None:
-        """Take the answers that are there."""
-        data = b"?"
+        """Take an answer."""
         try:
-            while data := self.sock.recv(_MOST_BYTES, socket.MSG_DONTWAIT):
-                message = json.loads(data)
-                self.is_ready = True
-                answer = self.answers.pop(message.get("number"), None)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+            data = self.sock.recv(_MOST_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
+        except OSError:
+            data = b""
+        if not data:
+            self.end(has_ended=True)
+            return
+        try:
+            message = json.loads(data)
+            answer = self.answers.pop(message.get("number"), None)
         except Exception as error:  # guard: a child that talks nonsense is ended
             _log.error("A child process is not understood: %s", type(error).__name__)
-        self.end(has_ended=not data)
+            self.end()
+            return
+        self.is_ready = True
+        if answer is not None and not answer.done():
+            answer.set_result(message)
 
     def end(self, has_ended: bool = False) -> None:
         """End the child; what waits for it raises _Gone."""
@@ -300,7 +310,7 @@ class _Link:
         self.is_gone = True
         if not has_ended:
             with suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)  # guard: a child that hangs is ended
+                os.kill(self.pid, signal.SIGKILL)
         self._on_end(self)
         self.sock.close()
         for answer in [*self.answers.values()]:
@@ -313,7 +323,8 @@ class _Link:
 _START_S = 5.0  # for the start of a child
 _DECODE_S = 30.0  # for one image
 _LATE_S = 5.0  # after its deadline a fetch is no longer waited for
-_TRIES = 3  # of a file, if its child ends
+_TRIES = 3  # to decode a file, if its child ends
+_MOST_MOVES = 30  # of a file from a child that has ended to another one
 _MOST_FAILURES = 5  # children in a row that end before they are ready
 
 
@@ -323,15 +334,22 @@ class _Fetched:
     def __init__(self, children: Children, link: _Link, number: int, url: str):
         self.children, self.link, self.number, self.url = children, link, number, url
         self.size = 0  # bytes
-        self.has_ended = False  # True if the child has nothing of it any more
+        self._is_in_hand = True
         link.in_hand += 1
 
     def __len__(self) -> int:
         return self.size
 
     def __del__(self) -> None:
+        self.end(drop=True)
+
+    def end(self, *, drop: bool) -> None:
+        """Count the file no more; `drop`: the child may still have it, and is told to forget it."""
+        if not self._is_in_hand:
+            return
+        self._is_in_hand = False
         self.link.in_hand -= 1
-        if not (self.has_ended or self.link.is_gone):
+        if drop and not self.link.is_gone:
             self.link.tell(self.number, drop=True)  # guard: a file that nobody needs is dropped
 
     async def prepare(
@@ -353,6 +371,7 @@ class Children:
         self._links: list[_Link] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._count = self._number = self._failures = 0
+        self._doubtful = asyncio.Lock()  # held while a file at which a child has ended is decoded
 
     @classmethod
     def fork(cls) -> Children | None:  # None: this system cannot do it
@@ -449,13 +468,13 @@ class Children:
         for link in [*self._links]:
             if is_first:
                 loop.add_reader(link.sock, link.read)
-            else:  # guard: answers stay in their loop
-                link.end()
+            else:
+                link.end()  # guard: answers stay in their loop
 
     async def fetch(self, url: str) -> _Fetched:
         """Fetch the file behind `url`; raise DownloadError subclasses or InferenceFailed."""
         self._enter()
-        for _ in range(_TRIES):
+        for _ in range(_MOST_MOVES):
             if self._links:
                 link = min(self._links, key=lambda link: link.in_hand)
                 with suppress(_Gone):  # guard: a file whose child ends is fetched again
@@ -467,15 +486,18 @@ class Children:
         self._number += 1
         file = _Fetched(self, link, self._number, url)
         answer = link.ask(file.number, url=url)
-        # guard: a child's fetch has a deadline
-        timer = self._loop.call_later(self._limits.timeout_s + _LATE_S, link.end)
+        limit_s = self._limits.timeout_s + _LATE_S
+        timer = self._give_up_after(limit_s, link, answer, errors.FetchTimeout)
         try:
             message = await answer
+        except BaseException:
+            file.end(drop=True)
+            raise
         finally:
             timer.cancel()
             link.answers.pop(file.number, None)
         if "error" in message:
-            file.has_ended = True
+            file.end(drop=False)
             raise _rebuilt(message)
         file.size = message["size"]
         return file
@@ -486,25 +508,27 @@ class Children:
         max_bytes: int | None,  # of memory for decoding; None: as many as it takes
     ) -> tuple[tuple[int, int], torch.Tensor, float]:  # size, (3, S, S) uint8, seconds
         """Decode a file where it is; raise WorkerError subclasses or NeedsMemory."""
-        for _ in range(_TRIES):
-            try:
-                return await self._prepare(file, max_bytes)
-            except _Gone:  # guard: a file whose child ends is decoded again
+        with suppress(_Gone):
+            return await self._decode(file, max_bytes)
+        for _ in range(_TRIES - 1):
+            async with self._doubtful:  # guard: doubtful files end one child at a time
                 file = await self.fetch(file.url)
+                with suppress(_Gone):  # guard: a file whose child ends is decoded again
+                    return await self._decode(file, max_bytes)
         raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
 
-    async def _prepare(
+    async def _decode(
         self, file: _Fetched, max_bytes: int | None
     ) -> tuple[tuple[int, int], torch.Tensor, float]:
-        """Decode a file where it is; raise WorkerError subclasses, NeedsMemory or _Gone."""
-        link = file.link
-        await link.turn.acquire()
-        if link.is_gone:
-            link.turn.release()
-            raise _Gone
+        """Decode a file; raise WorkerError subclasses, NeedsMemory, or _Gone if it ends a child."""
+        await file.link.turn.acquire()
+        while file.link.is_gone:  # it has ended at another file
+            file.link.turn.release()
+            file = await self.fetch(file.url)
+            await file.link.turn.acquire()
         result = self._loop.create_future()
-        answer = link.ask(file.number, max_bytes=max_bytes)
-        timer = self._loop.call_later(_DECODE_S, self._give_up, link, result)
+        answer = file.link.ask(file.number, max_bytes=max_bytes)
+        timer = self._give_up_after(_DECODE_S, file.link, result, errors.DecodeFailed)
         answer.add_done_callback(partial(self._take, file, result, timer))
         return await result
 
@@ -519,7 +543,8 @@ class Children:
         timer.cancel()
         try:
             message = answer.result()
-            file.has_ended = "needs" not in message
+            if "needs" not in message:
+                file.end(drop=False)
             if "width" not in message:
                 raise _rebuilt(message)
             if not result.done():  # else nobody waits for it
@@ -529,7 +554,7 @@ class Children:
             if not result.done():
                 result.set_exception(error)
         finally:
-            file.link.turn.release()  # guard: pixels are copied before the next image's turn
+            file.link.turn.release()  # not before the pixels are copied
 
     def _copied(self, pixels: np.ndarray) -> torch.Tensor:  # (3, S, S) uint8
         """Copy pixels to memory of the worker, pinned if there is a GPU."""
@@ -539,10 +564,20 @@ class Children:
         np.copyto(place.numpy(), pixels)
         return place
 
-    def _give_up(self, link: _Link, result: asyncio.Future[Any]) -> None:
-        """End a process whose decoder does not return."""
-        problem = f"a decoder did not return within {_DECODE_S:g} s"
-        _log.error("Watchdog: %s", problem)
-        if not result.done():
-            result.set_exception(errors.DecodeFailed(detail=f"watchdog: {problem}"))
-        link.end()
+    def _give_up_after(
+        self,
+        limit_s: float,
+        link: _Link,
+        waiting: asyncio.Future[Any],
+        failure: type[errors.WorkerError],
+    ) -> asyncio.TimerHandle:
+        """End a process, and fail what waits for it, unless the timer is cancelled before."""
+
+        def give_up() -> None:
+            problem = f"a child process did not answer within {limit_s:g} s"
+            _log.error("Watchdog: %s", problem)
+            if not waiting.done():
+                waiting.set_exception(failure(detail=f"watchdog: {problem}"))
+            link.end()  # guard: a child that does not answer is ended
+
+        return self._loop.call_later(limit_s, give_up)

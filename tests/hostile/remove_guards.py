@@ -34,7 +34,7 @@ FILES = {
     "watchdog": "serving/watchdog.py",
     "budget": "serving/budget.py", "batcher": "serving/batcher.py",
     "pipeline": "serving/pipeline.py", "selftest": "serving/selftest.py",
-    "intake": "serving/intake.py",
+    "intake": "serving/intake.py", "children": "serving/children.py",
     "preprocess": "model/preprocess.py", "cuda": "model/cuda.py", "image": "model/image.py",
     "golden": "model/golden.py",
     "weights": "model/weights.py",
@@ -79,6 +79,7 @@ TESTS = {
     ],
     "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
     "intake": ["tests/serving/test_intake.py"],
+    "children": ["tests/serving/test_children.py"],
     "handler": [
         f"{HOSTILE}/test_payload_rows.py",
         f"{HOSTILE}/test_fault_rows.py",
@@ -282,6 +283,7 @@ IMAGE = [
     ("an accelerator's own error is fatal", NEVER),
     ("the words of a lost device", NEVER),
     ("a device that computes nothing", (r" and not .*", "")),
+    ("what a lost device held is never freed", SKIP),
     ("vectors have a length", NEVER),
     ("a device that is lost at the start is told", NEVER),
 ]
@@ -322,6 +324,21 @@ PIPELINE = [
     ("large images share memory", (r"self\.large_bytes\.reserve\(count, job\), ", "")),
     ("slow downloads give way", (r"with .*:", "if True:")),
     ("jobs take turns with texts", (r"async with .*:", "if True:")),
+]
+CHILDREN = [
+    ("a child ends when its socket is closed", NEVER),
+    ("children end with their worker", SKIP),
+    ("shared memory keeps its size", SKIP),
+    ("a child decodes one image at a time", (r"asyncio\.Lock\(\)", "asyncio.Semaphore(9)")),
+    ("a child that talks nonsense is ended", ("Exception", "KeyError")),
+    ("a file that nobody needs is dropped", SKIP),
+    ("all children together keep to the connections of a host", (" // count", "")),
+    ("children that cannot start are given up", ALWAYS),
+    ("answers stay in their loop", SKIP),
+    ("a file whose child ends is fetched again", ("_Gone", "KeyError")),
+    ("doubtful files end one child at a time", (r"self\._doubtful", "asyncio.Lock()")),
+    ("a file whose child ends is decoded again", ("_Gone", "KeyError")),
+    ("a child that does not answer is ended", SKIP),
 ]
 INTAKE = [
     ("jobs begin before the SDK seems full", NEVER),
@@ -546,6 +563,7 @@ GUARDS = [
         ("batcher", BATCHER),
         ("pipeline", PIPELINE),
         ("intake", INTAKE),
+        ("children", CHILDREN),
         ("handler", HANDLER),
         ("selftest", SELFTEST),
         ("golden", GOLDEN),

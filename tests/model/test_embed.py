@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -444,6 +446,51 @@ def test_a_device_that_computes_nothing_is_lost_whatever_it_said(monkeypatch, pr
     with pytest.raises(InferenceFailed) as caught:
         embed.run_tower(Broken(RuntimeError("some words of a driver")), pixels, "cuda")
     assert caught.value.fatal is fatal
+
+
+SHAPES, ASSERT = "mat1 and mat2 shapes cannot be multiplied", "CUDA error: device-side assert"
+
+
+@pytest.mark.parametrize("text, is_kept", [(SHAPES, False), (ASSERT, True)], ids=["shapes", "lost"])
+def test_what_a_lost_device_held_is_never_freed(text, is_kept):
+    seen = []
+
+    class Holding(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> None:
+            held = Image.new("RGB", (1, 1))  # in place of a tensor on the device
+            seen.append(weakref.ref(held))
+            raise RuntimeError(text)
+
+    with pytest.raises(InferenceFailed) as caught:
+        embed.run_tower(Holding(), torch.zeros(1, 3, 8, 8), "cpu")
+    assert caught.value.fatal is is_kept
+    del caught
+    gc.collect()
+    assert (seen[0]() is not None) is is_kept
+
+
+ENDS = """
+import os, torch
+from heimdex_clip_worker.errors import InferenceFailed
+from heimdex_clip_worker.model.image import run_tower
+
+class Tensor:  # of a lost device: its destructor aborts the process
+    __del__ = lambda self: os.abort()
+
+def tower(pixels):
+    held = Tensor()
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+try:
+    run_tower(tower, torch.zeros(1, 3, 8, 8), "cpu")
+except InferenceFailed as error:
+    print(error.fatal)
+"""
+
+
+def test_a_process_that_lost_its_device_ends_as_any_other():
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-2000:]
 
 
 def test_torch_without_its_accelerator_error_is_served_too(monkeypatch):

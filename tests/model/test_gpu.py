@@ -24,7 +24,7 @@ from heimdex_clip_worker.model.image import (
 pytestmark = [pytest.mark.model, pytest.mark.gpu]
 
 LOST = """
-import torch
+import os, torch
 from heimdex_clip_worker.errors import InferenceFailed
 from heimdex_clip_worker.model.image import run_tower
 
@@ -35,7 +35,7 @@ for _ in range(2):
     try:
         run_tower(beyond, torch.ones(2, 3), "cuda")
     except InferenceFailed as error:
-        print(error.fatal)
+        print(error.fatal, flush=True)
 """
 
 
@@ -71,9 +71,14 @@ def test_auto_takes_the_gpu() -> None:
 
 
 def test_a_device_that_is_lost_is_fatal_and_stays_so() -> None:
-    run = [sys.executable, "-c", LOST]
+    run = [sys.executable, "-c", LOST + "os._exit(0)"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=100)
-    assert done.stdout == "True\nTrue\n", done.stderr[-2000:]
+    assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr[-2000:]
+
+
+def test_a_process_whose_device_is_lost_ends_without_an_abort() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- batches as a worker runs them: `model.cuda` ------------------------------------

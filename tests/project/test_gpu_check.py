@@ -219,12 +219,18 @@ def test_page_and_pictures_need_only_the_results(tmp_path: Path, monkeypatch, ca
             "images_per_s": 20.0, "cpu_ms": cpu_ms, "callers_cpu_ms": 0.2}  # fmt: skip
     row = {"precision": "fp32", "batch": 1, "images_per_s": 10.0, "on_device_images_per_s": 12.0,
            "share_of_gemm": 0.5, "share_of_peak": None, "vram_mb": None}  # fmt: skip
+    decoding = {"photos": "mix", "one_thread_ms": 8.0, "threads": 16,
+                "all_threads_images_per_s": 500.0}  # fmt: skip
     parts = {
         "encoding": {"title": "c", "status": "done", "values": {"encoding": [row]}},
         "end-to-end": {"title": "e", "status": "failed", "error": "Trace\nValueError: x",
-                       "values": {"loads": [load]}},
+                       "values": {"loads": [load, load | {"worker": "plain"}]}},
+        "out-of-memory": {"title": "h", "status": "failed", "error": "not finished",
+                          "values": {"starved": {"images": 128, "failed": 0}}},
+        "cpu-time": {"title": "i", "status": "done", "values": {"decoding": [decoding]}},
     }  # fmt: skip
     results = {"machine": {}, "date": "2026-01-01", "form": "whole", "seconds": 9.0, "parts": parts}
+    results["note"] = "Two runs, merged."
     path = tmp_path / "card-2026-01-01.json"
     path.write_text(json.dumps(results), encoding="utf-8")
     assert gpu_check.main([str(path), "--report"]) == 0
@@ -232,6 +238,8 @@ def test_page_and_pictures_need_only_the_results(tmp_path: Path, monkeypatch, ca
     assert sorted(file.name for file in tmp_path.glob("*.png")) == made
     page = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "**failed**: ValueError: x" in page and "| fp32" in page
+    assert page.count("not finished") == 1 and "- starved: images 128, failed 0" in page
+    assert "Two runs, merged." in page and "4.0 " in page.partition("times one thread")[2]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert gpu_report.write_all(results, path) == [path.with_suffix(".md")]
     assert "matplotlib is missing here" in capsys.readouterr().out

@@ -125,6 +125,22 @@ def test_a_model_that_never_returns_and_holds_the_interpreter_lock(platform, pho
     assert {state["status"] for state in states} == {"COMPLETED"}, states
 
 
+def test_a_device_that_is_lost(platform, photos, tmp_path):
+    """The jobs in hand are answered, and the process ends as any other: nothing aborts it."""
+    photos.hold()
+    inputs = [signed(photos.photo(name)) for name in ("chelsea.jpg", "coffee.jpg")]
+    inputs.append(signed(f"{photos.url}/held/china.jpg"))
+    with worker(platform, tmp_path, HANG="device", HANG_AFTER="1") as process:
+        taking(platform, process)
+        assert platform.runsync(signed(photos.photo()))["status"] == "COMPLETED"
+        jobs = [platform.submit(job_input) for job_input in inputs]
+        platform.wait(jobs[:2], 10)
+        photos.release()
+        assert process.wait_for_exit(20) == 0
+    outputs = [platform.status(job)["output"] for job in jobs]
+    assert [(o["code"], o["retryable"]) for o in outputs] == [("INFERENCE_FAILED", True)] * 3
+
+
 def test_sigterm_while_the_model_hangs(platform, photos, tmp_path):
     """The platform holds its calls open: the SDK would wait for them after the last reply."""
     platform.behaviour.take_hold_s = platform.behaviour.stop_hold_s = 15

@@ -1,0 +1,474 @@
+"""Child processes that fetch and decode: what they answer, and what ends with them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from local_worker import ROOT, PhotoServer, WorkerProcess, is_alive, plain_env, signed
+from seeded import hub_env
+
+from heimdex_clip_worker.emulator.server import EmulatorServer
+from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, WorkerError
+from heimdex_clip_worker.model.photos import PHOTOS
+from heimdex_clip_worker.model.preprocess import Preparation, fast
+from heimdex_clip_worker.serving import children as children_module
+from heimdex_clip_worker.serving.children import Children
+from heimdex_clip_worker.serving.decode import PixelLimits
+from heimdex_clip_worker.serving.download import AddressPolicy, Fetcher, FetchLimits
+from heimdex_clip_worker.serving.pipeline import Pipeline, prepare_image
+
+pytestmark = [pytest.mark.model, pytest.mark.process, pytest.mark.server]
+
+POLICY = AddressPolicy(allowed_networks=(IPv4Network("127.0.0.0/8"),))
+NAMES = sorted(path.name for path in PHOTOS.glob("*.jpg"))
+DIM = 48
+
+
+@dataclasses.dataclass
+class Eye:
+    """An embedder whose vector is the picture in 4 by 4 squares."""
+
+    preparation: Preparation = Preparation(224, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    quality: str = "fast"
+    runner: None = None
+    dim: int = DIM
+    at_least: int = 448
+
+    def preprocess(self, image) -> torch.Tensor:
+        return fast(image, self.preparation)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels.float(), 4).flatten(1) + 1
+
+
+@contextlib.asynccontextmanager
+async def pipeline(count: int = 2, **limits: float) -> AsyncIterator[Pipeline]:
+    """Make a pipeline with so many children; 0: with threads."""
+    fetch_limits, pixels = FetchLimits(**limits), PixelLimits()
+    children = Children.fork() if count else None
+    if children:
+        children.open(count, Eye(), fetch_limits, POLICY, pixels)
+    fetcher = Fetcher(fetch_limits, POLICY)
+    made = Pipeline(Eye(), fetcher, pixels, decode_workers=max(count, 1), children=children)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def run(work: Callable[..., Awaitable], *args, **limits) -> object:
+    """Run a test on a pipeline with children."""
+
+    async def running() -> object:
+        async with pipeline(**limits) as made:
+            return await asyncio.wait_for(work(made, *args), 60)
+
+    return asyncio.run(running())
+
+
+async def outcomes(made: Pipeline, urls: list[str], job: object = None) -> list:
+    """Embed images at the same time; return vectors or errors."""
+    work = [made.embed_url(url, True, job=job) for url in urls]
+    return await asyncio.gather(*work, return_exceptions=True)
+
+
+def plain(outcome: object) -> object:
+    """Turn an outcome into something to compare."""
+    if isinstance(outcome, WorkerError):
+        return type(outcome), str(outcome), outcome.detail, outcome.retryable
+    return outcome.values, outcome.size
+
+
+async def soon(is_so: Callable[[], bool]) -> bool:
+    """Wait until something is so, at most 10 seconds."""
+    for _ in range(200):
+        if is_so():
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+def pids(made: Pipeline) -> list[int]:
+    return [link.pid for link in made.children._links]
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], name: str) -> None:
+    """Let children do something else with one photograph."""
+    data = (PHOTOS / name).read_bytes()
+
+    def prepare(file: bytes, *args: object) -> object:
+        return act() if file == data else prepare_image(file, *args)
+
+    monkeypatch.setattr(children_module, "prepare_image", prepare)
+
+
+# --- what they answer -----------------------------------------------------------------
+
+
+def test_vectors_and_errors_are_those_of_threads(photos: PhotoServer):
+    urls = [photos.photo(name) for name in NAMES]
+    urls += [f"{photos.url}/{path}" for path in (
+        "missing", "status/503", "status/302", "page", "truncated.jpg", "tiny.png",
+    )]  # fmt: skip
+    urls += ["ftp://example.com/", "http://10.0.0.1/", "http://[::1]/", "not a url"]
+    urls += [f"http://127.0.0.1:{free}/" for free in (9,)]
+    ours, theirs = (
+        [plain(one) for one in run(outcomes, urls, count=count)] for count in (2, 0)
+    )  # fmt: skip
+    assert ours == theirs
+    assert {type(one[0]) for one in ours} == {list, type}
+
+
+def test_limits_are_those_of_threads(photos: PhotoServer):
+    urls = [f"{photos.url}/large.jpg", f"{photos.url}/endless", photos.photo()]
+    limits = {"max_bytes": photos.large_bytes - 1, "timeout_s": 1.0}
+    ours, theirs = (
+        [plain(one) for one in run(outcomes, urls, count=count, **limits)] for count in (2, 0)
+    )  # fmt: skip
+    assert ours == theirs and ours[1][0] is FetchTimeout
+
+
+def test_large_images_have_their_turn(photos: PhotoServer, monkeypatch: pytest.MonkeyPatch):
+    from heimdex_clip_worker.serving import pipeline as module
+
+    monkeypatch.setattr(module, "_THREAD_BYTES", 100_000)
+    urls = [photos.photo(name) for name in NAMES] * 3
+    ours, theirs = ([plain(one) for one in run(outcomes, urls, count=n)] for n in (2, 0))
+    assert ours == theirs
+
+
+def test_hundreds_at_once_keep_their_pixels_apart(photos: PhotoServer):
+    names = [random.Random(7).choice(NAMES) for _ in range(300)]
+    once = run(outcomes, [photos.photo(name) for name in NAMES], count=0)
+    expected = {name: one.values for name, one in zip(NAMES, once, strict=True)}
+    found = run(outcomes, [photos.photo(name) for name in names], count=3)
+    assert [one.values for one in found] == [expected[name] for name in names]
+
+
+def test_children_serve_one_loop_after_the_other(photos: PhotoServer):
+    children = Children.fork()
+    children.open(2, Eye(), FetchLimits(), POLICY, PixelLimits())
+    made = Pipeline(
+        Eye(), Fetcher(FetchLimits(), POLICY), PixelLimits(), decode_workers=2, children=children
+    )
+    found = [
+        asyncio.run(asyncio.wait_for(made.embed_url(photos.photo(), True), 30)) for _ in range(3)
+    ]
+    assert len({tuple(one.values) for one in found}) == 1 and len(pids(made)) == 2
+    asyncio.run(made.close())
+
+
+# --- what ends, hangs or talks nonsense -----------------------------------------------
+
+
+def test_a_decoder_that_crashes_takes_nothing_with_it(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    faulty(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGSEGV), "rocket.jpg")
+
+    async def crash(made: Pipeline) -> list:
+        first = set(pids(made))
+        names = ["rocket.jpg" if i % 8 == 3 else "coffee.jpg" for i in range(32)]
+        found = await outcomes(made, [photos.photo(name) for name in names])
+        again = await outcomes(made, [photos.photo("coffee.jpg")] * 4)
+        assert len(pids(made)) == 2 and not first & set(pids(made))
+        return list(zip(names, found, strict=True)) + [("coffee.jpg", one) for one in again]
+
+    for name, one in run(crash):
+        if name == "rocket.jpg":
+            assert isinstance(one, DecodeFailed) and "3 child processes" in one.detail
+        else:
+            assert one.size == (600, 400)
+
+
+def test_files_at_which_a_child_has_ended_are_decoded_one_at_a_time(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    times = tmp_path / "times"
+
+    def crash() -> None:
+        with times.open("a") as file:
+            file.write(f"{time.monotonic()}\n")
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    faulty(monkeypatch, crash, "rocket.jpg")
+    assert {type(one) for one in run(outcomes, [photos.photo("rocket.jpg")] * 2, count=3)} == {
+        DecodeFailed
+    }
+    first, second, *later = sorted(map(float, times.read_text().split()))
+    assert second - first < 0.3 and len(later) == 4
+    assert all(after - before > 0.3 for before, after in itertools.pairwise(later))
+
+
+@pytest.mark.parametrize("holds_the_lock", [False, True])
+def test_a_decoder_that_hangs_is_ended(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, holds_the_lock: bool
+):
+    import ctypes
+
+    libc = (ctypes.PyDLL if holds_the_lock else ctypes.CDLL)(None)
+    faulty(monkeypatch, lambda: libc.sleep(100), "rocket.jpg")
+    monkeypatch.setattr(children_module, "_DECODE_S", 1.0)
+
+    async def hang(made: Pipeline) -> None:
+        first = set(pids(made))
+        start = time.monotonic()
+        urls = [photos.photo(name) for name in ("rocket.jpg", "coffee.jpg", "coffee.jpg")]
+        bad, *good = await outcomes(made, urls)
+        assert isinstance(bad, DecodeFailed) and "did not answer within 1 s" in bad.detail
+        assert [one.size for one in good] == [(600, 400)] * 2
+        assert time.monotonic() - start < 10
+        [ended] = first - set(pids(made))
+        assert await soon(lambda: not is_alive(ended)) and len(pids(made)) == 2
+
+    run(hang)
+
+
+def test_children_may_be_killed_at_any_moment(photos: PhotoServer):
+    async def killed(made: Pipeline) -> list:
+        async def kill() -> None:
+            choose = random.Random(11)
+            for _ in range(12):
+                await asyncio.sleep(choose.uniform(0.02, 0.2))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(choose.choice(pids(made)), signal.SIGKILL)
+
+        killing = asyncio.ensure_future(kill())
+        found = []
+        while not killing.done():
+            found += zip(NAMES, await outcomes(made, [photos.photo(n) for n in NAMES]), strict=True)
+        assert len(pids(made)) == 3
+        return found
+
+    urls = [photos.photo(name) for name in NAMES]
+    expected = dict(zip(NAMES, map(plain, run(outcomes, urls, count=0)), strict=True))
+    found = run(killed, count=3)
+    good = [(name, plain(one)) for name, one in found if not isinstance(one, Exception)]
+    assert all(one == expected[name] for name, one in good)
+    # Three in a row can be killed while they decode one image.
+    assert len(found) - len(good) <= 2 and len(found) > 12
+
+
+def test_a_child_that_talks_nonsense_is_ended(photos: PhotoServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(children_module, "_describe", lambda error: {"error": {1: 2}, "": object})
+
+    async def nonsense(made: Pipeline) -> list:
+        first = pids(made)
+        monkeypatch.undo()
+        for text in (b"[1]", b"{", b"\xff", b'{"number": 1'):
+            link = made.children._links[0]
+            link.answers[1] = asyncio.get_running_loop().create_future()
+            mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            link.sock, old = mine, link.sock
+            its.send(text)
+            link.read()
+            assert link.is_gone
+            old.close(), its.close()
+        assert not set(pids(made)) & set(first[:1])
+        return await outcomes(made, [photos.photo("coffee.jpg")] * 3)
+
+    assert [one.size for one in run(nonsense)] == [(600, 400)] * 3
+
+
+def test_a_child_that_fetches_for_ever_is_ended(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    async def fetch(self: object, number: int, url: str) -> None:
+        time.sleep(100)  # noqa: ASYNC251 (its loop stands still)
+
+    monkeypatch.setattr(children_module._Child, "fetch", fetch)
+    monkeypatch.setattr(children_module, "_LATE_S", 0.2)
+    [one] = run(outcomes, [photos.photo()], timeout_s=0.3)
+    assert isinstance(one, FetchTimeout) and "did not answer within 0.5 s" in one.detail
+
+
+def test_children_that_cannot_start_are_given_up(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(children_module, "_run_child", lambda *args: os._exit(1))
+
+    async def given_up(made: Pipeline) -> list:
+        found = await outcomes(made, [photos.photo("coffee.jpg")])  # notices
+        deadline = time.monotonic() + 20
+        while made.children.is_usable and time.monotonic() < deadline:
+            found += await outcomes(made, [photos.photo("coffee.jpg")])
+        assert not made.children.is_usable
+        return await outcomes(made, [photos.photo("coffee.jpg")] * 3)
+
+    assert [one.size for one in run(given_up)] == [(600, 400)] * 3
+    assert "images are fetched and decoded in threads" in caplog.text
+
+
+# --- what nobody waits for any more ---------------------------------------------------
+
+
+def test_a_file_that_nobody_needs_is_dropped(photos: PhotoServer):
+    async def dropped(made: Pipeline) -> None:
+        children, before = made.children, photos.dropped["/endless"]
+        file = await children.fetch(photos.photo())
+        slow = asyncio.ensure_future(children.fetch(f"{photos.url}/endless"))
+        waiting = asyncio.ensure_future(children.fetch(f"{photos.url}/held/coffee.jpg"))
+        await asyncio.sleep(0.3)
+        assert sum(link.in_hand for link in children._links) == 3
+        slow.cancel(), waiting.cancel()
+        await asyncio.gather(slow, waiting, return_exceptions=True)
+        link, number = file.link, file.number
+        del file
+        assert sum(link.in_hand for link in children._links) == 0
+        assert not any(link.answers for link in children._links)
+        # The child has closed the connection.
+        assert await soon(lambda: photos.dropped["/endless"] == before + 1)
+        answer = link.ask(number, max_bytes=None)
+        message = await asyncio.wait_for(answer, 10)
+        assert message["error"] == "InternalError" and "KeyError" in message["state"]["detail"]
+
+    run(dropped)
+
+
+def test_a_job_that_is_cancelled_while_a_child_decodes_disturbs_no_other(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    faulty(monkeypatch, lambda: time.sleep(0.5) or prepare_rocket(), "rocket.jpg")
+    rocket = (PHOTOS / "rocket.jpg").read_bytes()
+
+    def prepare_rocket() -> object:
+        raise DecodeFailed(detail=f"{len(rocket)} bytes")
+
+    async def cancelled(made: Pipeline) -> list:
+        slow = asyncio.ensure_future(made.embed_url(photos.photo("rocket.jpg"), True))
+        await asyncio.sleep(0.25)
+        slow.cancel()
+        return await outcomes(made, [photos.photo(name) for name in NAMES if name != "rocket.jpg"])
+
+    names = [name for name in NAMES if name != "rocket.jpg"]
+    expected = [plain(one) for one in run(outcomes, [photos.photo(n) for n in names], count=0)]
+    assert [plain(one) for one in run(cancelled, count=1)] == expected
+
+
+# --- what they may do -----------------------------------------------------------------
+
+
+def test_all_children_together_keep_to_the_connections_of_a_host(photos: PhotoServer):
+    async def counted(made: Pipeline) -> int:
+        work = [
+            asyncio.ensure_future(made.children.fetch(f"{photos.url}/held/coffee.jpg"))
+            for _ in range(24)
+        ]
+        await asyncio.sleep(1.0)
+        hits = photos.hits["/held/coffee.jpg"]
+        photos.release()
+        await asyncio.gather(*work)
+        return hits
+
+    before = photos.hits["/held/coffee.jpg"]
+    photos.hold()
+    assert run(counted, count=3, max_connections=7) - before == 6
+
+
+def test_the_shared_memory_keeps_its_size():
+    descriptor = children_module._memory("pixels", 1000)
+    for size in (0, 999, 1001):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+    os.close(descriptor)
+
+
+def test_children_know_no_more_than_they_need():
+    told = children_module._config(Eye(), FetchLimits(), POLICY, PixelLimits())
+    assert b"secret" not in told and len(told) < 1000
+
+
+# --- their end ------------------------------------------------------------------------
+
+
+def test_a_child_ends_when_its_socket_is_closed(photos: PhotoServer):
+    async def closed(made: Pipeline) -> None:
+        await outcomes(made, [photos.photo()] * 2)
+        link = made.children._links[0]
+        asyncio.get_running_loop().remove_reader(link.sock)
+        link.sock.close()
+        assert await soon(lambda: not is_alive(link.pid))
+        made.children._links.remove(link)
+
+    run(closed)
+
+
+OWNER = """
+import os, sys, time
+from test_children import *
+children = Children.fork()
+children.open(3, Eye(), FetchLimits(), POLICY, PixelLimits())
+if not os.fork():  # as the SDK's heartbeat: it has all sockets of its parent
+    time.sleep(60)
+    os._exit(0)
+print(children._pid, *[link.pid for link in children._links], flush=True)
+time.sleep(60)
+"""
+
+
+def test_children_end_with_their_worker_however_it_ends():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    processes = [int(pid) for pid in owner.stdout.readline().split()]
+    heartbeat = {child.pid for child in psutil.Process(owner.pid).children()} - set(processes)
+    try:
+        assert len(processes) == 4 and all(map(is_alive, processes))
+        for pid in processes:  # of a terminal, or of the platform: they are the worker's business
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+        assert all(map(is_alive, processes))
+        owner.kill()
+        owner.wait()
+        deadline = time.monotonic() + 5
+        while any(map(is_alive, processes)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(is_alive, processes))
+    finally:
+        for pid in heartbeat:
+            os.kill(pid, signal.SIGKILL)
+        owner.stdout.close()
+
+
+def test_a_worker_answers_alike_and_leaves_no_process(photos: PhotoServer, tmp_path: Path):
+    jobs = {name: signed(photos.photo(name), request_id=name) for name in NAMES[:3]}
+    jobs["bad"] = signed(f"{photos.url}/missing", request_id="bad")
+    replies = {}
+    for where in ("processes", "threads"):
+        home = tmp_path / where
+        home.mkdir()
+        with EmulatorServer() as platform:
+            env = plain_env(home, **hub_env(home), **platform.worker_env(), DECODE_IN=where)
+            with WorkerProcess(env) as worker:
+                found = {name: platform.runsync(job) for name, job in jobs.items()}
+                family = psutil.Process(worker.process.pid).children(recursive=True)
+                worker.terminate()
+                assert worker.wait_for_exit(20) == 0, worker.tail()
+                assert not any(is_alive(process.pid) for process in family)
+            replies[where] = {name: reply["output"] for name, reply in found.items()}, len(family)
+    (ours, many), (theirs, few) = replies["processes"], replies["threads"]
+    for name in jobs:
+        for reply in (ours[name], theirs[name]):
+            reply.pop("timings", None)
+    assert ours == theirs and ours["bad"]["code"] == "SOURCE_HTTP"
+    assert many - few == 1 + 3  # the nursery, and one child more than there are CPUs

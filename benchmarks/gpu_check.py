@@ -46,13 +46,13 @@ PARTS = {
     "vectors": Part("(b) Vectors against open_clip", 70, gpu.vectors),
     "encoding": Part("(c) Encoding by precision and batch", 70, gpu.encoding),
     "gpu-path": Part("(d) Each option of model.cuda", 70, gpu.gpu_path),
-    "end-to-end": Part("(e) End to end, against the baseline worker", 150, gpu.end_to_end),
+    "end-to-end": Part("(e) End to end, against the baseline worker", 170, gpu.end_to_end),
     "start": Part("(f) Start to first reply", 60, gpu.starts),
     "memory": Part("(g) Memory", 50, gpu.memory),
     "watchdog": Part("(h) A model that hangs", 100, gpu.watchdog),
     "out-of-memory": Part("(h) Out of memory", 60, gpu.out_of_memory),
     "cpu-time": Part("(i) CPU time by thread", 60, gpu.cpu_time),
-    "options": Part("(d) Each option of a worker", 180, gpu.each_option),
+    "options": Part("(d) Each option of a worker", 190, gpu.each_option),
 }
 TOTAL_S = 550  # a command may take 600 where this runs, and the installation takes some of them
 LEAST_S = 10  # left for a part that is to be started

@@ -67,11 +67,12 @@ class Sample:
     images_per_s: float
     connections: float  # accepted by the image server, per image
     cpu_ms: dict[str, float]  # per image, by part: cpu.PARTS
+    children: int = 0  # processes that fetch and decode; 0: threads of the worker do it
 
     @property
     def ceiling(self) -> float:  # images/s
-        """Compute how many images the busier of the two loops can serve in a second."""
-        return 1000 / cpu.busiest_loop(self.cpu_ms)
+        """Compute how many images the busiest loop of which there is one can serve in a second."""
+        return 1000 / cpu.busiest_loop(self.cpu_ms, self.children)
 
 
 async def connections(callers: Callers, server: ImageServer) -> int:
@@ -97,7 +98,7 @@ async def sample(
     parts = cpu.spent(before, cpu.times(pid))
     made = await connections(callers, server) - accepted
     each_ms = {part: 1000 * seconds / run.images for part, seconds in parts.items()}
-    return Sample(load, worker.kind, run.rate, made / run.images, each_ms)
+    return Sample(load, worker.kind, run.rate, made / run.images, each_ms, cpu.children(pid))
 
 
 def summary(samples: Sequence[Sample]) -> list[dict]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ POOLS = {MIX: photos.pool, THUMBNAILS: photos.thumbnails}
 class Side:
     """A checkout, its running worker, and what was measured of it."""
 
+    name: str  # "first" or "second"
     checkout: Path
     worker: Worker
     callers: Callers
@@ -57,12 +58,17 @@ def rounds_table(first: list[float], second: list[float]) -> str:
 
 
 @contextlib.contextmanager
-def started(checkout: Path, args: argparse.Namespace, server: ImageServer) -> Iterator[Worker]:
+def started(
+    checkout: Path,
+    args: argparse.Namespace,
+    server: ImageServer,
+    more: Sequence[str],  # NAME=VALUE, besides those of `args`
+) -> Iterator[Worker]:
     """Run a checkout's worker: the real one, or the stand-in of that checkout."""
     start, command = workers.production, OBSERVED[OURS]
     if args.standin:
         start, command = workers.local, OBSERVED_STANDIN[OURS]
-    env = dict(pair.split("=", 1) for pair in args.env)
+    env = dict(pair.split("=", 1) for pair in (*args.env, *more))
     env |= {"PYTHONPATH": str(checkout), AUTHORITY[OURS]: str(server.authority)}
     with start(OURS, *command, **env) as worker:
         yield worker
@@ -73,7 +79,7 @@ async def turn(side: Side, args: argparse.Namespace, server: ImageServer) -> Non
     how = {"seen": side.seen, "callers": args.callers, "images": args.images}
     await side.callers.drive(side.worker, jobs=args.callers, **how)
     one = await sample(side.callers, side.worker, server, args.photos, jobs=args.jobs, **how)
-    side.samples.append(replace(one, kind=str(side.checkout)))
+    side.samples.append(replace(one, kind=side.name))
 
 
 async def measure(args: argparse.Namespace) -> list[Side]:
@@ -90,9 +96,11 @@ async def measure(args: argparse.Namespace) -> list[Side]:
         session = aiohttp.ClientSession(timeout=timeout, connector=connector)
         await stack.enter_async_context(session)
         sides = []
-        for checkout in (args.other, args.this):
-            worker = stack.enter_context(started(checkout, args, server))
-            sides.append(Side(checkout, worker, Callers(session, host, names)))
+        for name, checkout, more in (
+            ("first", args.other, ()), ("second", args.this, args.this_env),
+        ):  # fmt: skip
+            worker = stack.enter_context(started(checkout, args, server, more))
+            sides.append(Side(name, checkout, worker, Callers(session, host, names)))
             await sides[-1].callers.first(worker, sides[-1].seen)
         for done in range(args.rounds):
             for side in sides if done % 2 == 0 else sides[::-1]:
@@ -108,7 +116,7 @@ def report(sides: list[Side]) -> str:
     compared = compare(*(side.seen for side in sides))
     cosine = compared["least_cosine_to_baseline"][OURS]
     return "\n".join([
-        f"first: {sides[0].checkout}", f"second: {sides[1].checkout}", "",
+        *(f"{side.name}: {side.checkout}" for side in sides), "",
         rounds_table(first, second), "", "CPU time by thread, in ms per image", "",
         cpu_table(summary([one for side in sides for one in side.samples])), "",
         f"{compared['vectors'][OURS]} vectors compared; least cosine {cosine:.6f}",
@@ -134,7 +142,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--standin", action="store_true", help="a sleep as the model, under the local server"
     )
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    variable = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("--env", **variable, help="a variable of both workers")
+    parser.add_argument("--this-env", **variable, help="a variable of the second worker alone")
     args = parser.parse_args(argv)
     for path in (args.other, args.this):
         if not (path / "heimdex_clip_worker").is_dir():

@@ -1,4 +1,4 @@
-"""What a job passes through: fetch, decode, budgets, batching, pipeline, selftest, process set-up.
+"""What a job passes through: fetch, decode, children, budgets, batches, pipeline, selftest, set-up.
 
 May import errors, settings, contract, auth and model.
 """

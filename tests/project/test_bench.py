@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -370,6 +371,57 @@ def test_time_is_spent_by_the_threads_of_now():
     parts = cpu.spent(before, after)
     assert parts == {"main": 0.5, "fetch": 0.75, "decode": 2.25, "model": 0.0, "other": 0.0}
     assert cpu.busiest_loop(parts) == 0.75
+    assert cpu.busiest_loop(parts, children=2) == 0.5
+
+
+CHILD_OF_A_WORKER = """
+import sys
+from types import SimpleNamespace
+from asyncio import run
+from ipaddress import IPv4Network
+from heimdex_clip_worker.model.preprocess import Preparation
+from heimdex_clip_worker.serving.children import Children
+from heimdex_clip_worker.serving.decode import PixelLimits
+from heimdex_clip_worker.serving.download import AddressPolicy, FetchLimits
+
+async def work():
+    for _ in range(5):
+        await (await children.fetch(sys.argv[1])).prepare(None)
+    print("done", flush=True)
+    sys.stdin.read()
+
+children = Children.fork()
+ones = (1.0, 1.0, 1.0)
+embedder = SimpleNamespace(preparation=Preparation(224, ones, ones), quality="fast", runner=None)
+policy = AddressPolicy(allowed_networks=(IPv4Network("127.0.0.0/8"),))
+children.open(2, embedder, FetchLimits(), policy, PixelLimits())
+run(work())
+"""
+
+
+def test_an_observed_worker_has_its_child_processes_counted_and_they_trust_the_authority(
+    authority: Path, tmp_path: Path
+):
+    """Real child processes, which fetch over HTTPS."""
+    program, bodies = tmp_path / "worker.py", {"a": (PHOTOS / "coffee.jpg").read_bytes()}
+    program.write_text(CHILD_OF_A_WORKER, encoding="utf-8")
+    env = plain_env(tmp_path) | {workers.AUTHORITY[OURS]: str(authority)}
+
+    async def measured() -> tuple[dict[str, float], int]:
+        async with listening(bodies, authority.with_name("server.pem")) as (_, port):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            url = f"https://localhost:{port}/0/a"
+            command = [sys.executable, workers.OBSERVER, str(program), url]
+            process = await asyncio.create_subprocess_exec(*command, env=env, **pipes)
+            assert await asyncio.wait_for(process.stdout.readline(), 60) == b"done\n"
+            result = cpu.spent({}, cpu.times(process.pid)), cpu.children(process.pid)
+            process.stdin.close()
+            await process.wait()
+        return result
+
+    parts, count = asyncio.run(measured())
+    assert count == 2
+    assert min(parts["main"], parts["fetch"], parts["decode"]) > 0
 
 
 def test_an_observed_worker_names_its_threads_and_trusts_an_authority_over_a_distance(
@@ -465,6 +517,8 @@ def test_a_ceiling_is_that_of_the_busier_loop(monkeypatch):
     assert run.figures["https-ceiling"].ours == [2000]
     assert run.figures["https-mix"].ratio == 30
     assert run.figures["https-connections"].ours == [0.05]
+    of_children = replace(a_sample(OURS, 30.0, 0.4, 0.5), children=3)
+    assert of_children.ceiling == 2500  # a loop that fetches is in each of them
     assert "https-fetching" not in run.figures
 
 
@@ -497,6 +551,8 @@ def test_two_checkouts_must_give_the_same_vectors():
 def test_a_comparison_needs_checkouts(tmp_path: Path, capsys):
     args = turn.arguments([str(ROOT), "--photos", "thumbnails", "--round-trip", "20"])
     assert (args.other, args.this, args.round_trip) == (ROOT, ROOT, 20)
+    args = turn.arguments([str(ROOT), "--this-env", "DECODE_IN=processes"])
+    assert (args.env, args.this_env) == ([], ["DECODE_IN=processes"])
     with pytest.raises(SystemExit):
         turn.arguments([str(tmp_path)])
     assert "is no checkout" in capsys.readouterr().err

@@ -345,6 +345,31 @@ def limits_of(settings: Settings) -> tuple[FetchLimits, AddressPolicy]:
 _MOST_CHILDREN = 32  # more images than they decode, the loop that answers jobs cannot serve
 
 
+def _pipeline(settings: Settings, embedder: Embedder, children: Children | None) -> Pipeline:
+    """Build the pipeline of a worker, and start its child processes."""
+    limits, policy = limits_of(settings)
+    pixels = PixelLimits(max_pixels=settings.max_image_pixels)
+    decode_workers = settings.decode_workers or process.usable_cpus() + 1
+    if children and embedder.transform is not None:  # it cannot be sent
+        children.close()
+        children = None
+    if children:
+        decode_workers = min(decode_workers, _MOST_CHILDREN)
+        # As with threads, one more than one job has slots.
+        children.open(decode_workers + 1, embedder, limits, policy, pixels)
+    return Pipeline(
+        embedder,
+        Fetcher(limits, policy),
+        pixels,
+        decode_workers=decode_workers,
+        children=children,
+        max_batch=largest_batch(settings.max_batch_size, embedder.device),
+        max_bytes_in_flight=settings.max_bytes_in_flight,
+        load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),
+        model_timeout_s=settings.model_timeout_s,
+    )
+
+
 def build(
     settings: Settings,
     children: Children | None = None,  # that are to fetch and decode; None: threads do it
@@ -360,27 +385,7 @@ def build(
         artifact_dir=settings.artifact_dir,
         max_batch=settings.max_batch_size,
     )
-    limits, policy = limits_of(settings)
-    pixels = PixelLimits(max_pixels=settings.max_image_pixels)
-    decode_workers = settings.decode_workers or process.usable_cpus() + 1
-    if children and embedder.transform is not None:  # it cannot be sent
-        children.close()
-        children = None
-    if children:
-        decode_workers = min(decode_workers, _MOST_CHILDREN)
-        # As with threads, one more than one job has slots.
-        children.open(decode_workers + 1, embedder, limits, policy, pixels)
-    pipeline = Pipeline(
-        embedder,
-        Fetcher(limits, policy),
-        pixels,
-        decode_workers=decode_workers,
-        children=children,
-        max_batch=largest_batch(settings.max_batch_size, embedder.device),
-        max_bytes_in_flight=settings.max_bytes_in_flight,
-        load_text=None if settings.text == "off" else partial(TextEmbedder.load, embedder),
-        model_timeout_s=settings.model_timeout_s,
-    )
+    pipeline = _pipeline(settings, embedder, children)
     if settings.text == "eager":
         pipeline.load_text_tower()
     bounds = contract.Bounds(max_items=settings.max_images_per_job, dim=embedder.dim)

@@ -36,12 +36,12 @@ from ..model.image import Embedder
 from ..model.preprocess import Preparation, exact, fast, one_torch_thread
 from .decode import NeedsMemory, PixelLimits
 from .download import AddressPolicy, Fetcher, FetchLimits
-from .pipeline import prepare_image
+from .pipeline import _DECODE_TIMEOUT_S, prepare_image
 
 _log = logging.getLogger("heimdex_clip_worker")
 
 # %% auto #0
-__all__ = ['Children']
+__all__ = []
 
 # %% ../../nbs/05cb_children.ipynb #config
 def _config(
@@ -416,12 +416,11 @@ def _let_go(child: _ChildHandle, number: int, *, drop: bool = True) -> None:
 
 # %% ../../nbs/05cb_children.ipynb #children-themselves
 _START_S = 5.0  # for the start of a child
-_DECODE_S = 30.0  # for one image
 _LATE_S = 5.0  # an answer may come so much later than the deadline of its fetch
 _TRIES = 3  # to decode a file, if its child ends
 _MOST_MOVES = 30  # of a file from a child that has ended to another one
-_MOST_FAILURES = 5  # children in a row that end before they are ready
-_PAUSE_S = 10.0  # until the start of children is tried again
+_FALSE_STARTS = 5  # children in a row that end before they are ready
+_NEXT_TRY_S = 10.0  # until the start of children is tried again
 
 
 def _load(child: _ChildHandle) -> tuple[bool, int]:
@@ -544,7 +543,7 @@ class Children:
         if not self._children:
             _log.error("There is no child process: images are fetched and decoded in threads")
         if self._loop is not None and self._next_try is None:
-            self._next_try = self._loop.call_later(_PAUSE_S, self._fill)
+            self._next_try = self._loop.call_later(_NEXT_TRY_S, self._fill)
 
     def _replace(self, child: _ChildHandle) -> None:
         """Start another process in place of one that has ended."""
@@ -554,7 +553,7 @@ class Children:
         _log.warning("Child process %d has ended with %d files in hand", child.pid, child.in_hand)
         self._failures = 0 if child.is_ready else self._failures + 1
         # guard: children that cannot start are given up for a while
-        if self._failures >= _MOST_FAILURES or not self._start():
+        if self._failures >= _FALSE_STARTS or not self._start():
             self._try_later()
 
     def _attach(self) -> None:
@@ -640,7 +639,7 @@ class Children:
         child, place = file.child, file.child.places.pop()
         how = {"max_bytes": max_bytes, "place": place}
         try:
-            message = await child.ask(file.number, _DECODE_S, errors.DecodeFailed, **how)
+            message = await child.ask(file.number, _DECODE_TIMEOUT_S, errors.DecodeFailed, **how)
             if "needs" not in message:
                 file.release(drop=False)
             if "width" not in message:

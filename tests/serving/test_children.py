@@ -226,7 +226,7 @@ def test_a_decoder_that_hangs_is_ended(
 
     libc = (ctypes.PyDLL if holds_the_lock else ctypes.CDLL)(None)
     faulty(monkeypatch, lambda: libc.sleep(100), "rocket.jpg")
-    monkeypatch.setattr(children_module, "_DECODE_S", 1.0)
+    monkeypatch.setattr(children_module, "_DECODE_TIMEOUT_S", 1.0)
 
     async def hang(made: Pipeline) -> None:
         first = set(pids(made))
@@ -314,7 +314,7 @@ def test_children_that_cannot_start_are_given_up(
         found = await outcomes(made, [photos.photo("coffee.jpg")] * 3)
         return found, await soon(lambda: made.children.is_usable)
 
-    monkeypatch.setattr(children_module, "_PAUSE_S", 1.0)
+    monkeypatch.setattr(children_module, "_NEXT_TRY_S", 1.0)
     found, are_tried_again = run(given_up)
     assert [one.size for one in found] == [(600, 400)] * 3 and are_tried_again
     assert "images are fetched and decoded in threads" in caplog.text

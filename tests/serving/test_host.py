@@ -149,7 +149,7 @@ def test_the_log_says_which_gpus_are_idle(monkeypatch, caplog, count, device, to
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     embedder = SimpleNamespace(model_name="m", pretrained="p", activation="gelu", device=device)
     worker = SimpleNamespace(pipeline=SimpleNamespace(embedder=embedder))
-    monkeypatch.setattr(handler, "build", lambda settings: worker)
+    monkeypatch.setattr(handler, "build", lambda settings, children: worker)
     caplog.set_level(logging.INFO, "heimdex_clip_worker")
     monkeypatch.setattr(logging.getLogger("heimdex_clip_worker"), "propagate", True)
     handler._load(SimpleNamespace(model_name="m", pretrained="p"))
@@ -159,7 +159,7 @@ def test_the_log_says_which_gpus_are_idle(monkeypatch, caplog, count, device, to
 
 
 def test_a_device_that_fails_at_the_start_is_told_in_one_line(monkeypatch) -> None:
-    def build(settings: object) -> None:
+    def build(settings: object, children: object) -> None:
         raise InferenceFailed(detail="RuntimeError: CUDA error: out of memory")
 
     monkeypatch.setattr(handler, "build", build)

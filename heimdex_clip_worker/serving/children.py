@@ -36,7 +36,7 @@ from ..model.image import Embedder
 from ..model.preprocess import Preparation, exact, fast, one_torch_thread
 from .decode import NeedsMemory, PixelLimits
 from .download import AddressPolicy, Fetcher, FetchLimits
-from .pipeline import _DECODE_TIMEOUT_S, prepare_image
+from .pipeline import _DECODE_TIMEOUT_S, _NoChildren, prepare_image
 
 _log = logging.getLogger("heimdex_clip_worker")
 
@@ -470,7 +470,7 @@ class Children:
         policy: AddressPolicy,
         pixels: PixelLimits,
     ) -> None:
-        """Start processes, at most one for each connection to a host; raise OSError."""
+        """Start processes, at most one for each connection to a host; after an error, none."""
         self._count = min(count, limits.max_connections)
         # guard: all children together keep to the connections of a host
         share = limits.max_connections // self._count
@@ -478,8 +478,13 @@ class Children:
         self._side, self._most_decoders = embedder.preparation.size, count
         self._lend = embedder.runner.lend if embedder.runner else lambda: None
         config = _config(embedder, self._limits, policy, pixels)
-        self._config_fd = _shared_memory("config", len(config))
-        os.pwrite(self._config_fd, config, 0)
+        try:
+            self._config_fd = _shared_memory("config", len(config))
+            os.pwrite(self._config_fd, config, 0)
+        except OSError as error:
+            _log.error("No child process can be started: %s", error)
+            self._count = 0
+            return
         self._fill()
 
     def close(self) -> None:
@@ -492,9 +497,10 @@ class Children:
         for child in [*self._children]:
             child.end()
         self._control.close()
-        with suppress(OSError):
+        if self._pid:  # it is this process's own until `waitpid`
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
+            self._pid = 0
 
     def _start(self) -> bool:
         """Start a process; log an error and return false if that is impossible."""
@@ -574,11 +580,11 @@ class Children:
             self._try_later()
 
     async def fetch(self, url: str) -> _Fetched:
-        """Fetch the file behind `url`; raise DownloadError subclasses or InferenceFailed."""
+        """Fetch the file behind `url`; raise WorkerError subclasses or _NoChildren."""
         self._attach()
         for _ in range(_MOST_MOVES):
             if not self._children:
-                break
+                raise _NoChildren
             child = min(self._children, key=_load)
             with suppress(_ChildEnded):  # guard: a file whose child ends is fetched again
                 return await self._fetch(child, url)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -110,6 +111,10 @@ _LARGE_BYTES = 1_000_000_000  # of memory that all larger images share
 _DECODE_TIMEOUT_S = 30  # for one image; those that are accepted take a few seconds of CPU time
 
 
+class _NoChildren(Exception):
+    """There is no child process any more."""
+
+
 class Pipeline:
     """Turns URLs and texts into vectors: waits on the event loop, computes in threads."""
 
@@ -164,14 +169,15 @@ class Pipeline:
         most = max(least, self.fetcher.limits.max_bytes)
         while True:
             async with self.byte_budget.reserve(most, job) as reservation:
-                data = await self._fetch(url, reservation)
-                if data is None:  # evicted: another job needed the memory
-                    continue
-                reservation.shrink_to(max(least, len(data)))
-                image = await self._prepare_in_turn(data, job)
-                del data
-                reservation.shrink_to(max(least, image.pixels.nbytes))
-                return await self.embed_prepared(image, normalize, start, job=job)
+                with suppress(_NoChildren):  # guard: without children, threads go on
+                    data = await self._fetch(url, reservation)
+                    if data is None:  # evicted: another job needed the memory
+                        continue
+                    reservation.shrink_to(max(least, len(data)))
+                    image = await self._prepare_in_turn(data, job)
+                    del data
+                    reservation.shrink_to(max(least, image.pixels.nbytes))
+                    return await self.embed_prepared(image, normalize, start, job=job)
 
     @property
     def _source(self) -> Any:

@@ -324,6 +324,7 @@ PIPELINE = [
     ("large images share memory", (r"self\.large_bytes\.reserve\(count, job\), ", "")),
     ("slow downloads give way", (r"with .*:", "if True:")),
     ("jobs take turns with texts", (r"async with .*:", "if True:")),
+    ("without children, threads go on", ("_NoChildren", "KeyError")),
 ]
 CHILDREN = [
     ("a child ends when its socket is closed", NEVER),

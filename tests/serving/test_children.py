@@ -402,6 +402,37 @@ def test_a_fork_server_that_hangs_is_given_up(photos: PhotoServer, monkeypatch: 
     assert [one.size for one in run(hanging)] == [(600, 400)] * 3
 
 
+@pytest.mark.parametrize("name", ["memfd_create", "fork"])
+def test_where_no_child_can_be_started_threads_do_the_work(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    def impossible(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, name, impossible)
+    [one] = run(outcomes, [photos.photo("coffee.jpg")])
+    assert one.size == (600, 400)
+
+
+def test_when_all_children_have_ended_threads_go_on(photos: PhotoServer):
+    async def ended(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()] * 2)
+        urls = [f"{photos.url}/held/coffee.jpg"] * 6
+        work = asyncio.ensure_future(outcomes(made, urls))
+        await asyncio.sleep(0.2)
+        for pid in (made.children._pid, *pids(made)):
+            os.kill(pid, signal.SIGKILL)
+        assert await soon(lambda: not made.children.is_usable)
+        photos.release()
+        found = await work
+        made.children.close()
+        made.children.close()  # once more ends no other process
+        return found
+
+    photos.hold()
+    assert [one.size for one in run(ended)] == [(600, 400)] * 6
+
+
 def test_without_descriptors_nothing_waits_for_ever(
     photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
 ):

@@ -19,6 +19,7 @@ from PIL import Image, ImageStat
 from heimdex_clip_worker import handler
 from heimdex_clip_worker.auth import Credential
 from heimdex_clip_worker.model.image import Embedder
+from heimdex_clip_worker.model.preprocess import Preparation
 
 
 class FakeEmbedder(Embedder):
@@ -52,6 +53,33 @@ class FakeEmbedder(Embedder):
         if os.environ.get("FAKE_EMBEDDER") == "nan":
             pixels = pixels * float("nan")
         return torch.nn.functional.pad(pixels, (0, self.dim - pixels.shape[1]))
+
+
+class PixelEmbedder(Embedder):
+    """The real embedder with its load and its forward pass replaced: it takes real pixels.
+
+    A vector is the picture in 4 by 4 squares.
+    """
+
+    @classmethod
+    def load(cls, model_name: str, *args: Any, **kwargs: Any) -> PixelEmbedder:
+        return cls(
+            tower=torch.nn.Identity(),
+            transform=None,
+            quality="fast",
+            preparation=Preparation(224, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)),
+            space_id="fa4e000000000001",
+            model_name=model_name,
+            pretrained="fake",
+            activation="quickgelu",
+            dim=512,
+            image_size=224,
+            device="cpu",
+        )
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # (N, 3, S, S) -> (N, 512)
+        rows = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), 4).flatten(1) + 1
+        return torch.nn.functional.pad(rows, (0, self.dim - rows.shape[1]))
 
 
 class FakeText:

@@ -257,8 +257,21 @@ class _Patches:
         setattr(module, name, value)
 
 
+@contextlib.contextmanager
+def trusting(context: ssl.SSLContext) -> Iterator[None]:
+    """Let processes that are forked in the block trust as a context does."""
+    make = download._make_ssl_context
+    download._make_ssl_context = lambda **options: context
+    try:
+        yield
+    finally:
+        download._make_ssl_context = make
+
+
 @contextlib.asynccontextmanager
-async def worker_and_ports() -> AsyncIterator[tuple[Any, dict[str, int]]]:
+async def worker_and_ports(
+    processes: bool = False,  # whether child processes fetch and decode
+) -> AsyncIterator[tuple[Any, dict[str, int]]]:
     """Run the servers and a worker that trusts them."""
     names = NameServer(lambda host: None)
     with hostile_servers() as (ports, authority), hostile_servers() as (others, _):
@@ -268,9 +281,12 @@ async def worker_and_ports() -> AsyncIterator[tuple[Any, dict[str, int]]]:
         limits = FetchLimits(timeout_s=TIMEOUT_S)
         fetcher = Fetcher(limits, stand.loopback(), ssl_context=context)
         threads = process.usable_cpus() + 1  # as the handler has by default
-        worker = stand.make_worker(KIT, fetcher, decode_workers=threads)
-        async with names.running(_Patches), stand.running(worker):
-            yield worker, ports
+        async with names.running(_Patches):
+            with trusting(context):  # the children make contexts of their own
+                how = {"decode_workers": threads, "processes": processes}
+                worker = stand.make_worker(KIT, fetcher, **how)
+            async with stand.running(worker):
+                yield worker, ports
 
 
 async def photograph(worker: Any, ports: dict[str, int], *, is_text: bool) -> float:
@@ -428,10 +444,12 @@ async def measure(
     )
 
 
-async def measure_all(kinds: dict[str, Kind], *, seconds: float) -> dict[str, Result]:
+async def measure_all(
+    kinds: dict[str, Kind], *, seconds: float, processes: bool = False
+) -> dict[str, Result]:
     """Measure each kind, and print the table."""
     results = {}
-    async with worker_and_ports() as (worker, ports):
+    async with worker_and_ports(processes) as (worker, ports):
         await photograph(worker, ports, is_text=False)
         print(HEADER, flush=True)
         for name, kind in kinds.items():
@@ -465,11 +483,13 @@ def main() -> int:
     sys.setswitchinterval(0.0002)  # as `process.tune` does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="; ".join(KINDS))
-    names = parser.parse_args().kinds
+    parser.add_argument("--processes", action="store_true", help="fetch and decode in processes")
+    args = parser.parse_args()
+    names = args.kinds
     if unknown := [name for name in names if name not in KINDS]:
         parser.error(f"no such kind: {', '.join(unknown)}")
     kinds = {name: KINDS[name] for name in names or KINDS}
-    return exit_status(asyncio.run(measure_all(kinds, seconds=2)))
+    return exit_status(asyncio.run(measure_all(kinds, seconds=2, processes=args.processes)))
 
 
 if __name__ == "__main__":

@@ -199,10 +199,13 @@ def plan(count: int, base: str, seed: int) -> list[tuple[Any, set[str], str]]:
 
 
 def sample(jobs: int) -> tuple[int, int, int, float]:  # jobs, descriptors, threads, MiB
-    """Measure what this process holds after `jobs` jobs."""
+    """Measure what this process and its child processes hold after `jobs` jobs."""
     gc.collect()
-    process = psutil.Process()
-    return jobs, process.num_fds(), process.num_threads(), process.memory_info().rss / 2**20
+    process, fds, threads, size = psutil.Process(), 0, 0, 0
+    for one in [process, *process.children(recursive=True)]:
+        fds, threads = fds + one.num_fds(), threads + one.num_threads()
+        size += one.memory_info().rss if one == process else one.memory_full_info().uss
+    return jobs, fds, threads, size / 2**20
 
 
 @contextlib.asynccontextmanager
@@ -218,14 +221,21 @@ async def wait_for_connections() -> None:
     await asyncio.sleep(0.3)
 
 
-async def soak(count: int, concurrency: int, seed: int, steps: int, warm_up: float = 0.3) -> Report:
+async def soak(
+    count: int,
+    concurrency: int,
+    seed: int,
+    steps: int,
+    warm_up: float = 0.3,
+    processes: bool = False,  # whether child processes fetch and decode
+) -> Report:
     """Send `count` jobs and report; the first share of them is the warm-up."""
     report, limits = Report(jobs=count), FetchLimits(max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S)
     fetcher = Fetcher(limits, stand.loopback())
     pixels = PixelLimits(max_pixels=5_000_000)
     vectors: dict[str, list[float]] = {}
     async with loopback_server() as base:
-        worker = stand.make_worker(KIT, fetcher, limits=pixels)
+        worker = stand.make_worker(KIT, fetcher, limits=pixels, processes=processes)
         async with stand.running(worker):
             jobs = plan(count, base, seed)
             start, position, step = time.perf_counter(), 0, -(-count // steps)
@@ -268,14 +278,17 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="number of measurements")
+    parser.add_argument("--processes", action="store_true", help="fetch and decode in processes")
     parser.add_argument("--beside", type=float, default=2.0, help="seconds of a round; 0: none")
     args = parser.parse_args()
     logging.getLogger("heimdex_clip_worker").setLevel(logging.CRITICAL)
     status = 0
     if args.beside:
-        results = asyncio.run(beside.measure_all(beside.KINDS, seconds=args.beside))
+        how = {"seconds": args.beside, "processes": args.processes}
+        results = asyncio.run(beside.measure_all(beside.KINDS, **how))
         status = beside.exit_status(results)
-    report = asyncio.run(soak(args.count, args.concurrency, args.seed, args.steps))
+    how = {"processes": args.processes}
+    report = asyncio.run(soak(args.count, args.concurrency, args.seed, args.steps, **how))
     print(report.table())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10

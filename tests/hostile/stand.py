@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from ipaddress import IPv4Network
 from typing import Any
 
-from fake_worker import FakeEmbedder, FakeText
+from fake_worker import FakeEmbedder, FakeText, PixelEmbedder
 from rows_auth import Kit
 
 from heimdex_clip_worker.auth import Keyring
@@ -18,6 +18,7 @@ from heimdex_clip_worker.contract import decode_vector
 from heimdex_clip_worker.errors import error_table
 from heimdex_clip_worker.handler import Authenticator, Worker
 from heimdex_clip_worker.model.photos import PHOTOS
+from heimdex_clip_worker.serving.children import Children
 from heimdex_clip_worker.serving.decode import PixelLimits
 from heimdex_clip_worker.serving.download import AddressPolicy, Fetcher, FetchLimits
 from heimdex_clip_worker.serving.pipeline import Pipeline
@@ -84,13 +85,20 @@ def make_worker(
     selftest: bool = True,
     max_batch: int = 64,
     decode_workers: int | None = None,  # None: as many as there are CPUs
+    processes: bool = False,  # whether child processes fetch and decode
 ) -> Worker:
     """Make a worker whose clock stands at the kit's time."""
+    embedder = embedder or (PixelEmbedder if processes else FakeEmbedder).load("ViT-B-32")
+    limits, decode_workers = limits or PixelLimits(), decode_workers or os.cpu_count() or 1
+    children = Children.fork() if processes else None
+    if children:
+        children.open(decode_workers + 1, embedder, fetcher.limits, fetcher.policy, limits)
     pipeline = Pipeline(
-        embedder or FakeEmbedder.load("ViT-B-32"),
+        embedder,
         fetcher,
-        limits or PixelLimits(),
-        decode_workers=decode_workers or os.cpu_count() or 1,
+        limits,
+        decode_workers=decode_workers,
+        children=children,
         max_batch=max_batch,
         load_text=FakeText.load,
     )

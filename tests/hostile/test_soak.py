@@ -50,7 +50,8 @@ def test_the_limit_is_the_same_on_a_busy_machine(rounds, verdict, status):
     assert (result.verdict, beside.exit_status({"a kind": result})) == (verdict, status)
 
 
-def test_mixed_requests_leak_nothing():
-    command = [sys.executable, str(SOAK), "--count", "1500", "--steps", "3", "--beside", "0"]
+@pytest.mark.parametrize("how", [(), ("--processes",)], ids=["threads", "processes"])
+def test_mixed_requests_leak_nothing(how):
+    command = [sys.executable, str(SOAK), "--count", "1500", "--steps", "3", "--beside", "0", *how]
     run = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert run.returncode == 0, run.stdout + run.stderr

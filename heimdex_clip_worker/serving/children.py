@@ -318,11 +318,16 @@ class _ChildHandle:
             while self.outbox:
                 self.sock.send(self.outbox[0], socket.MSG_DONTWAIT)
                 self.outbox.popleft()
-            self.loop.remove_writer(self.sock)
         except BlockingIOError:
-            self.loop.add_writer(self.sock, self._send)  # guard: a slow child gets its messages
+            # guard: a slow child gets its messages
+            self.loop.add_writer(self.sock, self._send_more)
         except OSError:
             self.end()
+
+    def _send_more(self) -> None:
+        """Send what is in the outbox: there is room in the socket."""
+        self.loop.remove_writer(self.sock)
+        self._send()
 
     def read(self) -> None:
         """Take an answer."""
@@ -615,9 +620,14 @@ class Children:
             return await self._decode(file, max_bytes)
         for _ in range(_TRIES - 1):
             async with self._doubtful:  # guard: doubtful files end one child at a time
-                file = await self.fetch(file.url)
-                with suppress(_ChildEnded):  # guard: a file whose child ends is decoded again
+                try:
+                    file = await self.fetch(file.url)
                     return await self._decode(file, max_bytes)
+                except _ChildEnded:  # guard: a file whose child ends is decoded again
+                    continue
+                except _NoChildren as error:  # guard: a doubtful file does not end the worker
+                    detail = "no child process is left for a file at which one has ended"
+                    raise errors.InferenceFailed(detail=detail) from error
         raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
 
     async def _decode(

@@ -343,6 +343,7 @@ CHILDREN = [
     ("a child's fetch has a deadline", (r"= .*", "= 1000.0")),
     ("doubtful files end one child at a time", (r"self\._doubtful", "asyncio.Lock()")),
     ("a file whose child ends is decoded again", ("_ChildEnded", "KeyError")),
+    ("a doubtful file does not end the worker", ("_NoChildren", "KeyError")),
     ("a place is in use until its child has answered", (r"asyncio\.shield\((.*)\)", r"\1")),
 ]
 INTAKE = [

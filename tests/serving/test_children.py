@@ -24,7 +24,7 @@ from local_worker import ROOT, PhotoServer, WorkerProcess, is_alive, plain_env, 
 from seeded import hub_env
 
 from heimdex_clip_worker.emulator.server import EmulatorServer
-from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, WorkerError
+from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, InferenceFailed, WorkerError
 from heimdex_clip_worker.model.photos import PHOTOS
 from heimdex_clip_worker.model.preprocess import Preparation, fast
 from heimdex_clip_worker.serving import children as children_module
@@ -431,6 +431,27 @@ def test_when_all_children_have_ended_threads_go_on(photos: PhotoServer):
 
     photos.hold()
     assert [one.size for one in run(ended)] == [(600, 400)] * 6
+
+
+def test_a_doubtful_file_is_not_decoded_in_the_worker(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    faulty(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), "rocket.jpg")
+
+    async def ended(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()])
+        os.kill(made.children._pid, signal.SIGKILL)  # and with it the children
+        assert await soon(lambda: not made.children.is_usable)
+        return await outcomes(made, [photos.photo("coffee.jpg")])
+
+    async def crash(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()])
+        monkeypatch.setattr(made.children, "_start", lambda: False)
+        return await outcomes(made, [photos.photo("rocket.jpg")])
+
+    assert [one.size for one in run(ended)] == [(600, 400)]
+    [one] = run(crash, count=1)
+    assert isinstance(one, InferenceFailed) and "a file at which one has ended" in one.detail
 
 
 def test_without_descriptors_nothing_waits_for_ever(

@@ -33,7 +33,7 @@ from PIL import Image
 
 from .. import errors
 from ..model.image import Embedder
-from ..model.preprocess import Preparation, exact, fast, one_torch_thread
+from ..model.preprocess import Preparation, exact, fast
 from .decode import NeedsMemory, PixelLimits
 from .download import AddressPolicy, Fetcher, FetchLimits
 from .pipeline import _DECODE_TIMEOUT_S, _NoChildren, prepare_image
@@ -110,7 +110,7 @@ class _Child:
         self.files: dict[int, bytes] = {}
         self.fetches: dict[int, asyncio.Task[None]] = {}
         self.decoding: set[asyncio.Task[None]] = set()  # a task must be referred to
-        self.threads = ThreadPoolExecutor(_AT_ONCE, "decode", one_torch_thread)
+        self.threads = ThreadPoolExecutor(_AT_ONCE, "decode")
 
     async def serve(self) -> None:
         """Do what the worker asks for, until it closes the socket."""
@@ -199,6 +199,7 @@ def _run_child(sock: socket.socket, shared_fd: int, config: dict[str, Any]) -> N
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"fetch")  # what its main thread does; `ps` shows it
     gc.freeze()
     gc.enable()
+    torch.set_num_threads(1)  # of every thread of this process
     asyncio.run(_Child(sock, mmap.mmap(shared_fd, 0), config).serve())
 
 # %% ../../nbs/05cb_children.ipynb #fork-server

@@ -597,6 +597,20 @@ def test_the_shared_memory_keeps_its_size():
     os.close(descriptor)
 
 
+def test_a_decoder_in_a_child_uses_one_cpu(photos: PhotoServer, monkeypatch: pytest.MonkeyPatch):
+    def threads() -> None:
+        raise DecodeFailed(detail=f"{torch.get_num_threads()} threads")
+
+    faulty(monkeypatch, threads, "rocket.jpg")
+    torch_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = run(outcomes, [photos.photo("rocket.jpg")] * 8)
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert {one.detail for one in found} == {"1 threads"}
+
+
 def test_children_know_no_more_than_they_need():
     told = children_module._config(Eye(), FetchLimits(), POLICY, PixelLimits())
     assert b"secret" not in told and len(told) < 1000

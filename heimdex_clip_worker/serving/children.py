@@ -363,7 +363,9 @@ class _ChildHandle:
             return
         problem = f"a child process did not answer within {limit_s:g} s"
         _log.error("Watchdog: %s", problem)
-        answer.set_exception(failure(detail=f"watchdog: {problem}"))
+        # Of two files that are decoded, either can be the one that holds the interpreter lock.
+        if failure is not errors.DecodeFailed or len(self.places) == _AT_ONCE - 1:
+            answer.set_exception(failure(detail=f"watchdog: {problem}"))
         self.end()  # guard: a child that does not answer is ended
 
     def end(self, kill: bool = True) -> None:

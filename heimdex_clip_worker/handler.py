@@ -45,9 +45,11 @@ _log = logging.getLogger("heimdex_clip_worker")
 
 # %% ../nbs/06_handler.ipynb #ensure-json-serializable
 def _without_vectors(value: Any) -> Any:
-    """Copy `value` with an empty list in place of each list of finite floats."""
+    """Copy `value`, with nothing in place of each list of finite floats and each ASCII text."""
     if type(value) is dict:
         return {key: _without_vectors(part) for key, part in value.items()}
+    if type(value) is str and value.isascii():
+        return ""
     if type(value) is not list:
         return value
     if set(map(type, value)) == {float} and all(map(math.isfinite, value)):

@@ -40,6 +40,9 @@ class Budget:
 
     async def acquire(self, count: int, job: object) -> None:
         """Take `count`; wait until the job's turn has come and the part can be granted."""
+        if not self._waiters and self._is_available(count, job):
+            self._hold(count, job)
+            return
         waiter = _Waiter(count, asyncio.get_running_loop().create_future())
         self._waiters.setdefault(job, deque()).append(waiter)
         self._serve_waiters()
@@ -57,7 +60,8 @@ class Budget:
         self._held[job] -= count
         if not self._held[job]:
             del self._held[job]
-        self._serve_waiters()
+        if self._waiters:
+            self._serve_waiters()
 
     def _serve_waiters(self) -> None:
         """Serve jobs that hold nothing, then one waiter of each job in turn until none fits."""
@@ -91,7 +95,8 @@ class Budget:
         if not self._is_available(waiter.count, job):
             return False
         self._waiters[job].popleft()
-        self._grant(waiter, job)
+        self._hold(waiter.count, job)
+        waiter.granted.set_result(None)
         return True
 
     def _evict_for(self, count: int) -> None:
@@ -109,10 +114,9 @@ class Budget:
             return False
         return self._held[job] < self.free  # guard: no job takes the whole budget
 
-    def _grant(self, waiter: _Waiter, job: object) -> None:
-        self.free -= waiter.count
-        self._held[job] += waiter.count
-        waiter.granted.set_result(None)
+    def _hold(self, count: int, job: object) -> None:
+        self.free -= count
+        self._held[job] += count
 
 # %% ../../nbs/05_budget.ipynb #reservation
 class _Reservation:

@@ -34,7 +34,7 @@ FILES = {
     "watchdog": "serving/watchdog.py",
     "budget": "serving/budget.py", "batcher": "serving/batcher.py",
     "pipeline": "serving/pipeline.py", "selftest": "serving/selftest.py",
-    "intake": "serving/intake.py", "children": "serving/children.py",
+    "intake": "serving/intake.py", "child": "serving/child.py", "children": "serving/children.py",
     "preprocess": "model/preprocess.py", "cuda": "model/cuda.py", "image": "model/image.py",
     "golden": "model/golden.py",
     "weights": "model/weights.py",
@@ -79,6 +79,7 @@ TESTS = {
     ],
     "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
     "intake": ["tests/serving/test_intake.py"],
+    "child": ["tests/serving/test_children.py"],
     "children": ["tests/serving/test_children.py"],
     "handler": [
         f"{HOSTILE}/test_payload_rows.py",
@@ -326,13 +327,18 @@ PIPELINE = [
     ("jobs take turns with texts", (r"async with .*:", "if True:")),
     ("without children, threads go on", ("_NoChildren", "KeyError")),
 ]
-CHILDREN = [
+CHILD = [
     ("a child ends when its socket is closed", NEVER),
+]
+CHILDREN = [
     ("children end with their worker", SKIP),
     ("without more processes, those that run go on", ("OSError", "KeyError")),
     ("shared memory keeps its size", SKIP),
+    ("a place is in use until its child has answered", (r"\.popleft\(\)", "[0]")),
     ("a slow child gets its messages", SKIP),
     ("a child that talks nonsense is ended", ("Exception", "KeyError")),
+    ("a child always has places for what it decodes", NEVER),
+    ("pixels stay until nothing refers to them", (r"weakref\.finalize\(\w+, (.*), (.*)\)\..*", r"\1(\2)")),
     ("a child that does not answer is ended", SKIP),
     ("a file that nobody needs is dropped", SKIP),
     ("all children together keep to the connections of a host", (r" // self\._count", "")),
@@ -344,7 +350,6 @@ CHILDREN = [
     ("doubtful files end one child at a time", (r"self\._doubtful", "asyncio.Lock()")),
     ("a file whose child ends is decoded again", ("_ChildEnded", "KeyError")),
     ("a doubtful file does not end the worker", ("_NoChildren", "KeyError")),
-    ("a place is in use until its child has answered", (r"asyncio\.shield\((.*)\)", r"\1")),
 ]
 INTAKE = [
     ("jobs begin before the SDK seems full", NEVER),
@@ -569,6 +574,7 @@ GUARDS = [
         ("batcher", BATCHER),
         ("pipeline", PIPELINE),
         ("intake", INTAKE),
+        ("child", CHILD),
         ("children", CHILDREN),
         ("handler", HANDLER),
         ("selftest", SELFTEST),

@@ -27,7 +27,9 @@ from heimdex_clip_worker.emulator.server import EmulatorServer
 from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, InferenceFailed, WorkerError
 from heimdex_clip_worker.model.photos import PHOTOS
 from heimdex_clip_worker.model.preprocess import Preparation, fast
+from heimdex_clip_worker.serving import child as child_module
 from heimdex_clip_worker.serving import children as children_module
+from heimdex_clip_worker.serving.child import AT_ONCE, PLACES
 from heimdex_clip_worker.serving.children import Children
 from heimdex_clip_worker.serving.decode import PixelLimits
 from heimdex_clip_worker.serving.download import AddressPolicy, Fetcher, FetchLimits
@@ -116,7 +118,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], name: str
     def prepare(file: bytes, *args: object) -> object:
         return act() if file == data else prepare_image(file, *args)
 
-    monkeypatch.setattr(children_module, "prepare_image", prepare)
+    monkeypatch.setattr(child_module, "prepare_image", prepare)
 
 
 # --- what they answer -----------------------------------------------------------------
@@ -160,6 +162,26 @@ def test_hundreds_at_once_keep_their_pixels_apart(photos: PhotoServer):
     expected = {name: one.values for name, one in zip(NAMES, once, strict=True)}
     found = run(outcomes, [photos.photo(name) for name in names], count=3)
     assert [one.values for one in found] == [expected[name] for name in names]
+
+
+def test_pixels_stay_while_something_refers_to_them(photos: PhotoServer):
+    names = NAMES * 3  # more than there are places
+    data = {name: (PHOTOS / name).read_bytes() for name in NAMES}
+    here = {name: prepare_image(data[name], Eye(), PixelLimits()).pixels for name in NAMES}
+
+    async def kept(made: Pipeline) -> None:
+        [child] = made.children._children
+        files = [await made.children.fetch(photos.photo(name)) for name in names]
+        every = [await file.prepare(None) for file in files]
+        assert all(one[1].equal(here[name]) for name, one in zip(names, every, strict=True))
+        assert len(child.places) == AT_ONCE  # the others are lent
+        os.kill(child.pid, signal.SIGKILL)
+        assert await soon(lambda: child.has_ended)
+        assert all(one[1].equal(here[name]) for name, one in zip(names, every, strict=True))
+        del every
+        assert len(child.places) == PLACES
+
+    run(kept, count=1)
 
 
 def test_children_serve_one_loop_after_the_other(photos: PhotoServer):
@@ -296,7 +318,7 @@ def test_a_child_that_fetches_for_ever_is_ended(
     async def fetch(self: object, number: int, url: str) -> None:
         time.sleep(100)  # noqa: ASYNC251 (its loop stands still)
 
-    monkeypatch.setattr(children_module._Child, "fetch", fetch)
+    monkeypatch.setattr(child_module._Child, "fetch", fetch)
     monkeypatch.setattr(children_module, "_LATE_S", 0.2)
     [one] = run(outcomes, [photos.photo()], timeout_s=0.3)
     assert isinstance(one, FetchTimeout) and "did not answer within 0.5 s" in one.detail
@@ -305,7 +327,7 @@ def test_a_child_that_fetches_for_ever_is_ended(
 def test_children_that_cannot_start_are_given_up(
     photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(children_module, "_run_child", lambda *args: os._exit(1))
+    monkeypatch.setattr(children_module, "be_child", lambda *args: os._exit(1))
 
     async def given_up(made: Pipeline) -> list:
         found = await outcomes(made, [photos.photo("coffee.jpg")])  # notices
@@ -530,10 +552,12 @@ def test_a_file_that_nobody_needs_is_dropped(photos: PhotoServer):
         child, number = file.child, file.number
         del file
         assert await soon(lambda: not any(child.in_hand for child in children._children))
-        assert not any(child.answers for child in children._children)
+        assert not any(child.questions for child in children._children)
         # The child has closed the connection.
         assert await soon(lambda: photos.dropped["/endless"] == before + 1)
-        message = await child.ask(number, 10, FetchTimeout, max_bytes=None, place=0)
+        await made.children._decoders.acquire()
+        assert await child.take_turn()
+        message, _ = await child.decode(number, None)
         assert message["error"] == "InternalError" and "KeyError" in message["state"]["detail"]
 
     photos.hold()
@@ -554,7 +578,7 @@ def test_a_job_that_is_cancelled_while_a_child_decodes_disturbs_no_other(
             eye.place.fill_(0)
         raise DecodeFailed
 
-    monkeypatch.setattr(children_module, "prepare_image", prepare)
+    monkeypatch.setattr(child_module, "prepare_image", prepare)
     names = [name for name in NAMES if name != "rocket.jpg"]
     urls = [photos.photo(name) for name in names]
 
@@ -614,7 +638,7 @@ def test_a_decoder_in_a_child_uses_one_cpu(photos: PhotoServer, monkeypatch: pyt
 
 
 def test_children_know_no_more_than_they_need():
-    told = children_module._config(Eye(), FetchLimits(), POLICY, PixelLimits())
+    told = child_module.config_of(Eye(), FetchLimits(), POLICY, PixelLimits())
     assert b"secret" not in told and len(told) < 1000
 
 

@@ -272,6 +272,7 @@ def draw_encoding(axes: Any, results: Results) -> None:
 def draw_loads(axes: Any, results: Results) -> None:
     """Draw the workers' rates by load, and what all decoding threads reach beside them."""
     from benchmarks.plots import COLOURS, NAMES
+    from benchmarks.workers import BASELINE
 
     loads = values_of(results, "end-to-end")["loads"]
     kinds = dict.fromkeys(row["photos"] for row in loads)
@@ -280,7 +281,11 @@ def draw_loads(axes: Any, results: Results) -> None:
     axes.barh(range(len(rows)), rates, color=[COLOURS[row["worker"]] for row in rows])
     for at, rate in enumerate(rates):
         axes.annotate(f" {rate:,.0f}", (rate, at), va="center", fontsize=8)
-    names = [f"{r['photos']}, {r['scheme'].upper()}, {r['images']} in a job" for r in rows]
+    names = [
+        f"{r['photos']}, {r['scheme'].upper()}, {r['images']} in a job"
+        + (" (baseline)" if r["worker"] == BASELINE else "")
+        for r in rows
+    ]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     workers = [NAMES[name] for name in dict.fromkeys(row["worker"] for row in rows)]
@@ -295,11 +300,13 @@ def draw_loads(axes: Any, results: Results) -> None:
             continue
         rate, ends = row["all_threads_images_per_s"], (places[0] - 0.5, places[-1] + 0.5)
         axes.plot([rate, rate], ends, ":", color="black", lw=1.2)
-        is_far = rate > 0.7 * most
+        is_far = rate > 0.5 * most
+        shortest = min(places, key=rates.__getitem__)  # its bar leaves room for words
         axes.annotate(
-            f"{row['threads']} threads\nthat only decode\n{rate:,.0f}", (rate, sum(ends) / 2),
+            f"{row['threads']} threads that only decode: {rate:,.0f}", (rate, shortest),
             xytext=(-6 if is_far else 6, 0), textcoords="offset points", fontsize=8,
             ha="right" if is_far else "left", va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
 
 

@@ -130,11 +130,9 @@ class _ChildHandle:
         pid: int,
         sock: socket.socket,
         pixels: np.ndarray,  # (PLACES, 3, S, S) uint8: what the child has written
-        on_turn_end: Callable[[], None],  # called when it has decoded an image
         on_end: Callable[[_ChildHandle], None],
     ):
-        self.pid, self.sock, self.pixels = pid, sock, pixels
-        self._on_turn_end, self._on_end = on_turn_end, on_end
+        self.pid, self.sock, self.pixels, self._on_end = pid, sock, pixels, on_end
         self.questions: dict[int, _Question] = {}
         self.outbox: deque[bytes] = deque()
         self.in_hand = 0  # files that it fetches, keeps or decodes
@@ -144,9 +142,13 @@ class _ChildHandle:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._next_check: asyncio.TimerHandle | None = None
 
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+    def attach(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        decoders: asyncio.Semaphore,  # of all children; released when this one has decoded an image
+    ) -> None:
         """Listen to the child in a loop."""
-        self.loop = loop
+        self.loop, self._decoders = loop, decoders
         loop.add_reader(self.sock, self.read)
 
     async def fetch(self, number: int, url: str, limit_s: float) -> dict[str, Any]:
@@ -246,7 +248,7 @@ class _ChildHandle:
                 pixels = self._take_pixels(place)
             self.is_full = False
             self._turns.release()
-            self._on_turn_end()
+            self._decoders.release()
         if answer.done():
             return
         if isinstance(result, Exception):
@@ -438,10 +440,10 @@ class Children:
             for fd in fds:
                 os.close(fd)
         pixels = np.frombuffer(shared, np.uint8).reshape(PLACES, 3, self._side, self._side)
-        child = _ChildHandle(pid, mine, pixels, self._end_turn, self._replace)
+        child = _ChildHandle(pid, mine, pixels, self._replace)
         self._children.append(child)
         if self._loop is not None:
-            child.attach(self._loop)
+            child.attach(self._loop, self._decoders)
         return True
 
     def _fork_child(self, fds: list[int]) -> int:  # its process id
@@ -456,10 +458,6 @@ class Children:
         if not pid:
             raise OSError("the system allows no more processes")
         return pid
-
-    def _end_turn(self) -> None:
-        """Let another image be decoded."""
-        self._decoders.release()
 
     def _fill(self) -> None:
         """Start the processes that are missing."""
@@ -497,7 +495,7 @@ class Children:
         self._doubtful = asyncio.Lock()  # held while a doubtful file is decoded
         for child in [*self._children]:
             if is_first:
-                child.attach(loop)
+                child.attach(loop, self._decoders)
             else:
                 child.is_ready = True  # that it ends is not its failure
                 child.end()  # guard: answers stay in their loop
@@ -554,12 +552,13 @@ class Children:
         self, file: _Fetched, max_bytes: int | None
     ) -> tuple[tuple[int, int], torch.Tensor, float]:
         """Decode a file; raise WorkerError subclasses, NeedsMemory, or _ChildEnded."""
-        await self._decoders.acquire()  # until the child has answered: `_end_turn`
+        decoders = self._decoders
+        await decoders.acquire()  # until the child has answered
         try:
             while not await file.child.take_turn():
                 file = await self.fetch(file.url)  # its child has ended while it waited
         except BaseException:
-            self._decoders.release()
+            decoders.release()
             raise
         message, pixels = await file.child.decode(file.number, max_bytes)
         if "needs" not in message:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 
-# By the beginning of a thread's name. The worker's main thread runs the loop that answers jobs, the
-# main thread of a child process fetches. Threads that a library starts have the name of the thread
-# that started them: OpenMP's are the model's. A process that is forked has that name, too: so the
-# SDK's heartbeat, and the process from which child processes are forked, are "other".
+# By the beginning of a thread's name. The worker's main thread runs the loop that answers jobs; the
+# main thread of a child process handles messages, and counts as fetching. Threads that a library
+# starts have the name of the thread that started them: OpenMP's are the model's. A process that is
+# forked has that name, too: so the SDK's heartbeat, and the process from which child processes are
+# forked, are "other".
 PARTS = {
     "main": "the loop that answers jobs",
     "fetch": "fetching",

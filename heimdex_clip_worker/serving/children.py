@@ -20,7 +20,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -31,7 +31,7 @@ import torch
 
 from .. import errors
 from ..model.image import Embedder
-from .child import AT_ONCE, PLACES, be_child, config_of, recv, to_error
+from .child import AT_ONCE, PLACES, be_child, config_of, recv, to_answer
 from .decode import PixelLimits
 from .download import AddressPolicy, FetchLimits
 from .pipeline import _DECODE_TIMEOUT_S, _NoChildren
@@ -46,7 +46,7 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def _fork(run: Callable[[], None]) -> int:  # its process id
-    """Start a copy of this process that runs a function, and ends with this process.
+    """Fork; run a function in the copy, which the system kills when this process ends.
 
     Raise OSError if there can be no more processes.
     """
@@ -59,7 +59,7 @@ def _fork(run: Callable[[], None]) -> int:  # its process id
     try:
         # guard: children end with their worker
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended before that
+        if os.getppid() != parent:  # the parent has ended before `prctl`
             os._exit(0)
         for number in (signal.SIGINT, signal.SIGTERM):  # the worker answers its jobs first
             signal.signal(number, signal.SIG_IGN)
@@ -74,8 +74,8 @@ def _run_fork_server(control: socket.socket, other_end: socket.socket) -> None:
     other_end.close()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system removes those that have ended
     while True:
-        data, fds, _, _ = socket.recv_fds(control, 1, 3)
-        if not data:
+        number, fds, _, _ = socket.recv_fds(control, 4, 3)
+        if not number:
             os._exit(0)
         try:
             pid = _fork(partial(_begin_child, control, *fds))
@@ -83,7 +83,7 @@ def _run_fork_server(control: socket.socket, other_end: socket.socket) -> None:
             pid = 0
         for fd in fds:
             os.close(fd)
-        control.send(struct.pack("i", pid))
+        control.send(number + struct.pack("i", pid))
 
 
 def _begin_child(control: socket.socket, sock_fd: int, shared_fd: int, config_fd: int) -> None:
@@ -99,27 +99,41 @@ def _shared_memory(name: str, size: int) -> int:  # a file descriptor
     Raise OSError.
     """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    # guard: shared memory keeps its size
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    try:
+        os.ftruncate(fd, size)
+        # guard: shared memory keeps its size
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 # %% ../../nbs/05cc_children.ipynb #handle
-_CHECK_S = 1.0  # how often a child is asked for late answers
+_CHECK_S = 1.0  # seconds between two looks for late answers
 
 
 class _ChildEnded(Exception):
     """The child process that was to answer has ended."""
 
 
+_Result = int | tuple[tuple[int, int], float] | Exception  # see `to_answer`
+
+
 class _Question(NamedTuple):
     """A message to a child that is not answered yet."""
 
-    answer: asyncio.Future[tuple[dict[str, Any], torch.Tensor | None]]  # a message, and pixels
+    answer: asyncio.Future[Any]  # of a fetch: bytes of the file; of decoding: _Result and pixels
     limit_s: float
     deadline: float  # of the event loop's clock
     failure: type[errors.WorkerError]  # if there is no answer by then
-    place: int | None  # for pixels; None: nothing is decoded
+    place: int | None  # for pixels; None: a fetch
+    turns: int  # of the child, that are in use
+
+    def fits(self, result: _Result) -> bool:
+        """True if the result answers this question."""
+        if self.place is None:
+            return isinstance(result, (int, errors.WorkerError))
+        return isinstance(result, (tuple, Exception))
 
 
 class _ChildHandle:
@@ -151,49 +165,62 @@ class _ChildHandle:
         self.loop, self._decoders = loop, decoders
         loop.add_reader(self.sock, self.read)
 
-    async def fetch(self, number: int, url: str, limit_s: float) -> dict[str, Any]:
-        """Let the child fetch a file; raise FetchTimeout or _ChildEnded."""
+    async def fetch(self, number: int, url: str, limit_s: float) -> int:  # bytes of the file
+        """Let the child fetch a file; raise DownloadError subclasses or _ChildEnded."""
+        answer = self._ask(number, limit_s, errors.FetchTimeout, None, 0)
+        self.tell(number, url=url)
         try:
-            message, _ = await self._ask(number, limit_s, errors.FetchTimeout, url=url)
+            return await answer
         finally:
             self.questions.pop(number, None)
-        return message
 
-    async def take_turn(self) -> bool:  # False: the child has ended
-        """Wait until the child may decode one more image; `decode` must follow."""
-        await self._turns.acquire()
+    async def take_turns(self, count: int) -> bool:  # False: the child has ended
+        """Wait until the child decodes so few images that `count` turns are free, and take them.
+
+        `decode` must follow without an `await` in between: its answer makes them free again.
+        """
+        for taken in range(count):
+            try:
+                await self._turns.acquire()
+            except BaseException:
+                self._free_turns(taken)
+                raise
         if self.has_ended:
-            self._turns.release()
+            self._free_turns(count)
             return False
         self.is_full = self._turns.locked()
         return True
 
-    async def decode(
-        self, number: int, max_bytes: int | None
-    ) -> tuple[dict[str, Any], torch.Tensor | None]:  # the answer; (3, S, S) uint8
-        """Let the child decode a file; raise DecodeFailed or _ChildEnded."""
-        place = self.places.popleft()  # guard: a place is in use until its child has answered
-        message = {"max_bytes": max_bytes, "place": place}
-        return await self._ask(
-            number, _DECODE_TIMEOUT_S, errors.DecodeFailed, in_place=place, **message
-        )
+    def _free_turns(self, count: int) -> None:
+        for _ in range(count):
+            self._turns.release()
 
-    async def _ask(
+    async def decode(
+        self,
+        number: int,
+        max_bytes: int | None,
+        turns: int,  # that were taken
+    ) -> tuple[tuple[tuple[int, int], float], torch.Tensor]:  # size, seconds; (3, S, S) uint8
+        """Let the child decode a file; raise WorkerError subclasses, NeedsMemory or _ChildEnded."""
+        place = self.places.popleft()  # guard: a place is in use until its child has answered
+        answer = self._ask(number, _DECODE_TIMEOUT_S, errors.DecodeFailed, place, turns)
+        self.tell(number, max_bytes=max_bytes, place=place)
+        return await answer
+
+    def _ask(
         self,
         number: int,
         limit_s: float,
         failure: type[errors.WorkerError],
-        *,
-        in_place: int | None = None,  # what is decoded is there
-        **message: Any,
-    ) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """Send a message about a file, and wait for its answer; raise `failure` or _ChildEnded."""
+        place: int | None,
+        turns: int,
+    ) -> asyncio.Future[Any]:
+        """Note that a message will be sent which has to be answered."""
         answer, deadline = self.loop.create_future(), self.loop.time() + limit_s
-        self.questions[number] = _Question(answer, limit_s, deadline, failure, in_place)
+        self.questions[number] = _Question(answer, limit_s, deadline, failure, place, turns)
         if self._next_check is None:
             self._next_check = self.loop.call_later(_CHECK_S, self._check)
-        self.tell(number, **message)
-        return await answer
+        return answer
 
     def tell(self, number: int, **message: Any) -> None:
         """Send a message about a file."""
@@ -224,37 +251,38 @@ class _ChildHandle:
         if data is None:
             return
         if not data:
-            self.end(kill=False)
+            self.end()
             return
         try:
-            message = json.loads(data)
-            question = self.questions.pop(message.get("number"), None)
-        except Exception as error:  # guard: a child that talks nonsense is ended
-            _log.error("A child process is not understood: %s", type(error).__name__)
+            number, result = to_answer(data)
+            question = self.questions.get(number)
+            if question is not None and not question.fits(result):
+                raise ValueError("the answer to another question")
+        except Exception as error:  # guard: a child that sends anything else is ended
+            _log.error("A child process is ended, because of its answer: %s", type(error).__name__)
             self.end()
             return
         self.is_ready = True
-        if question is not None:
-            self._settle(question, message)
+        if question is not None:  # None: the fetch was cancelled, or the child is ready
+            del self.questions[number]
+            self._settle(question, result)
 
-    def _settle(self, question: _Question, result: dict[str, Any] | Exception) -> None:
+    def _settle(self, question: _Question, result: _Result) -> None:
         """Pass on an answer, unless its job was cancelled; the child may decode another image."""
         answer, place = question.answer, question.place
-        pixels = None
+        is_awaited = not answer.done()
         if place is not None:
-            if answer.done() or isinstance(result, Exception) or "width" not in result:
-                self.places.append(place)
+            if is_awaited and isinstance(result, tuple):
+                result = result, self._take_pixels(place)
             else:
-                pixels = self._take_pixels(place)
+                self.places.append(place)
             self.is_full = False
-            self._turns.release()
+            self._free_turns(question.turns)
             self._decoders.release()
-        if answer.done():
-            return
-        if isinstance(result, Exception):
+        if is_awaited and isinstance(result, Exception):
             answer.set_exception(result)
-        else:
-            answer.set_result((result, pixels))
+        elif is_awaited:
+            answer.set_result(result)
 
     def _take_pixels(self, place: int) -> torch.Tensor:  # (3, S, S) uint8
         """Lend the pixels in a place; if the child needs the place, copy them."""
@@ -266,33 +294,37 @@ class _ChildHandle:
         weakref.finalize(pixels, self.places.append, place).atexit = False
         return torch.from_numpy(pixels)
 
-    def _check(self) -> None:
+    def _check(self, *, once_more: bool = True) -> None:
         """End the child if an answer is late; check again if some are awaited."""
-        now, self._next_check = self.loop.time(), None
-        late = next((one for one in self.questions.values() if one.deadline < now), None)
-        if late:
-            self._give_up(late)  # guard: a child that does not answer is ended
+        now, due, self._next_check = self.loop.time(), self._next_check.when(), None
+        late = next((one for one in self.questions.values() if one.deadline <= now), None)
+        # guard: a loop that stood still reads its answers first
+        if late and once_more and now - due > _CHECK_S:
+            check = partial(self._check, once_more=False)
+            self._next_check = self.loop.call_later(_CHECK_S, check)
+        elif late:
+            self._end_late(late)  # guard: a child that does not answer is ended
         elif self.questions:
             self._next_check = self.loop.call_later(_CHECK_S, self._check)
 
-    def _give_up(self, late: _Question) -> None:
+    def _end_late(self, late: _Question) -> None:
         """End the child, which has not answered in time."""
         problem = f"a child process did not answer within {late.limit_s:g} s"
         _log.error("Watchdog: %s", problem)
-        # Of two files that are decoded, either can be the one that holds the interpreter lock.
-        is_alone = sum(one.place is not None for one in self.questions.values()) == 1
-        if (late.place is None or is_alone) and not late.answer.done():
+        # Any decoder can be the one that holds the interpreter lock, and delays all answers.
+        decoding = [one for one in self.questions.values() if one.place is not None]
+        # guard: what shares a child with one that hangs is not blamed
+        if decoding in ([], [late]) and not late.answer.done():
             late.answer.set_exception(late.failure(detail=f"watchdog: {problem}"))
         self.end()
 
-    def end(self, kill: bool = True) -> None:
+    def end(self) -> None:
         """End the child; what waits for it raises _ChildEnded."""
         if self.has_ended:
             return
         self.has_ended = True
-        if kill:
-            with suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)  # guard: a child whose socket is closed ends, too
         if self.loop is not None and not self.loop.is_closed():
             self.loop.remove_reader(self.sock)
             self.loop.remove_writer(self.sock)
@@ -336,6 +368,7 @@ class _Fetched:
 
 
 def _let_go(child: _ChildHandle, number: int, *, drop: bool = True) -> None:
+    """Count a file no more, and let its child drop it."""
     child.in_hand -= 1
     if drop and not child.has_ended:
         child.tell(number, drop=True)  # guard: a file that nobody needs is dropped
@@ -363,7 +396,8 @@ class Children:
         self._pid, self._control = pid, control  # of the fork server
         self._children: list[_ChildHandle] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._count = self._number = self._failures = 0
+        self._count = self._number = self._failures = self._starts = 0
+        self._can_fork, self._is_without = True, False  # a fork server; any child
         self._next_try: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -380,11 +414,6 @@ class Children:
             return None
         mine.settimeout(_START_S)
         return cls(pid, mine)
-
-    @property
-    def is_usable(self) -> bool:
-        """True while there are processes."""
-        return bool(self._children)
 
     def open(
         self,
@@ -404,6 +433,8 @@ class Children:
         try:
             self._config_fd = _shared_memory("config", len(config))
             os.pwrite(self._config_fd, config, 0)
+            # guard: no child changes what others are told
+            fcntl.fcntl(self._config_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
         except OSError as error:
             _log.error("No child process can be started: %s", error)
             self._count = 0
@@ -427,34 +458,40 @@ class Children:
 
     def _start(self) -> bool:
         """Start a process; log an error and return false if that is impossible."""
-        size, fds = PLACES * 3 * self._side**2, []
+        size = PLACES * 3 * self._side**2
         try:
-            mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            fds = [its.detach(), _shared_memory("pixels", size)]
-            shared = mmap.mmap(fds[1], size)
-            pid = self._fork_child([*fds, self._config_fd])
+            with ExitStack() as stack:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                on_error = stack.enter_context(ExitStack())
+                on_error.callback(ours.close)
+                stack.enter_context(theirs)
+                memory_fd = _shared_memory("pixels", size)
+                stack.callback(os.close, memory_fd)
+                shared = mmap.mmap(memory_fd, size)
+                pid = self._fork_child([theirs.fileno(), memory_fd, self._config_fd])
+                on_error.pop_all()
         except OSError as error:
             _log.error("No child process can be started: %s", error)
             return False
-        finally:
-            for fd in fds:
-                os.close(fd)
         pixels = np.frombuffer(shared, np.uint8).reshape(PLACES, 3, self._side, self._side)
-        child = _ChildHandle(pid, mine, pixels, self._replace)
+        child = _ChildHandle(pid, ours, pixels, self._replace)
         self._children.append(child)
+        self._is_without = False
         if self._loop is not None:
             child.attach(self._loop, self._decoders)
         return True
 
     def _fork_child(self, fds: list[int]) -> int:  # its process id
         """Let the fork server start a child; raise OSError."""
+        self._starts += 1
         try:
-            socket.send_fds(self._control, [b"+"], fds)
-            reply = self._control.recv(4)
-        except OSError:
-            self._control.close()  # guard: a late reply is not that of another child
-            raise
-        pid = struct.unpack("i", reply)[0] if reply else 0
+            socket.send_fds(self._control, [struct.pack("i", self._starts)], fds)
+            number = 0
+            while number != self._starts:  # guard: a late reply is not that of another child
+                number, pid = struct.unpack("ii", self._control.recv(8))
+        except (ConnectionError, struct.error) as error:
+            self._can_fork = False  # guard: without a fork server nothing is tried again
+            raise OSError("the fork server has ended") from error
         if not pid:
             raise OSError("the system allows no more processes")
         return pid
@@ -469,9 +506,10 @@ class Children:
 
     def _try_later(self) -> None:
         """Start the processes that are missing in a while."""
-        if not self._children:
+        if not self._children and not self._is_without:
             _log.error("There is no child process: images are fetched and decoded in threads")
-        if self._loop is not None and self._next_try is None:
+        self._is_without = not self._children
+        if self._loop is not None and self._next_try is None and self._can_fork:
             self._next_try = self._loop.call_later(_NEXT_TRY_S, self._fill)
 
     def _replace(self, child: _ChildHandle) -> None:
@@ -520,14 +558,10 @@ class Children:
         # guard: a child's fetch has a deadline
         limit_s = self._limits.timeout_s + _LATE_S
         try:
-            message = await child.fetch(file.number, url, limit_s)
-        except BaseException:
-            file.release(drop=True)
+            file.size = await child.fetch(file.number, url, limit_s)
+        except BaseException as error:
+            file.release(drop=not isinstance(error, errors.WorkerError))
             raise
-        if "error" in message:
-            file.release(drop=False)
-            raise to_error(message)
-        file.size = message["size"]
         return file
 
     async def _prepare(
@@ -537,32 +571,37 @@ class Children:
         with suppress(_ChildEnded):
             return await self._decode(file, max_bytes)
         for _ in range(_TRIES - 1):
-            async with self._doubtful:  # guard: doubtful files end one child at a time
-                try:
-                    file = await self.fetch(file.url)
-                    return await self._decode(file, max_bytes)
-                except _ChildEnded:  # guard: a file whose child ends is decoded again
-                    continue
-                except _NoChildren as error:  # guard: a doubtful file does not end the worker
-                    detail = "no child process is left for a file at which one has ended"
-                    raise errors.InferenceFailed(detail=detail) from error
+            try:
+                file = await self.fetch(file.url)
+                async with self._doubtful:  # guard: doubtful files end one child at a time
+                    # guard: a doubtful file is decoded alone
+                    return await self._decode(file, max_bytes, AT_ONCE)
+            except _ChildEnded:  # guard: a file whose child ends is decoded again
+                continue
+            except _NoChildren as error:  # guard: a doubtful file does not end the worker
+                detail = "no child process is left for a file at which one has ended"
+                raise errors.InferenceFailed(detail=detail) from error
         raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
 
     async def _decode(
-        self, file: _Fetched, max_bytes: int | None
+        self,
+        file: _Fetched,
+        max_bytes: int | None,
+        turns: int = 1,  # of its child; all of them: it decodes nothing else meanwhile
     ) -> tuple[tuple[int, int], torch.Tensor, float]:
         """Decode a file; raise WorkerError subclasses, NeedsMemory, or _ChildEnded."""
         decoders = self._decoders
         await decoders.acquire()  # until the child has answered
         try:
-            while not await file.child.take_turn():
+            while not await file.child.take_turns(turns):
                 file = await self.fetch(file.url)  # its child has ended while it waited
         except BaseException:
             decoders.release()
             raise
-        message, pixels = await file.child.decode(file.number, max_bytes)
-        if "needs" not in message:
-            file.release(drop=False)
-        if pixels is None:
-            raise to_error(message)
-        return (message["width"], message["height"]), pixels, message["seconds"]
+        try:
+            (size, seconds), pixels = await file.child.decode(file.number, max_bytes, turns)
+        except errors.WorkerError:
+            file.release(drop=False)  # the child has it no more
+            raise
+        file.release(drop=False)
+        return size, pixels, seconds

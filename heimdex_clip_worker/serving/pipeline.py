@@ -116,7 +116,7 @@ class _NoChildren(Exception):
 
 
 class Pipeline:
-    """Turns URLs and texts into vectors: waits on the event loop, computes in threads."""
+    """Turns URLs and texts into vectors: waits on the event loop, computes elsewhere."""
 
     def __init__(
         self,
@@ -179,18 +179,16 @@ class Pipeline:
                     reservation.shrink_to(max(least, image.pixels.nbytes))
                     return await self.embed_prepared(image, normalize, start, job=job)
 
-    @property
-    def _source(self) -> Any:
-        """What fetches images: the child processes, if there are any."""
-        return self.children if self.children and self.children.is_usable else self.fetcher
-
     async def _fetch(self, url: str, reservation: Any) -> Any:  # the file; None: evicted
         """Fetch a file, unless its reservation is evicted meanwhile."""
         task = asyncio.current_task()
         try:
             try:
                 with reservation.may_evict(task.cancel):  # guard: slow downloads give way
-                    return await self._source.fetch(url)
+                    if self.children:
+                        with suppress(_NoChildren):  # guard: without children, threads fetch
+                            return await self.children.fetch(url)
+                    return await self.fetcher.fetch(url)
             finally:
                 if reservation.is_evicted:  # a fetch that did not wait has not been cancelled yet
                     await asyncio.sleep(0)
@@ -212,7 +210,7 @@ class Pipeline:
         return await self.decode_pool.run(prepare_image, *args, weight=weight)
 
     async def _prepare_in_turn(self, data: Any, job: object) -> _Prepared:
-        """Decode an image file when a thread, and the memory for a large one, are free."""
+        """Decode an image file when a slot, and the memory for a large image, are free."""
         async with self.decode_slots.reserve(1, job):  # guard: no job takes all decode slots
             try:
                 return await self.prepare(data, _THREAD_BYTES)

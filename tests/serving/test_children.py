@@ -24,7 +24,13 @@ from local_worker import ROOT, PhotoServer, WorkerProcess, is_alive, plain_env, 
 from seeded import hub_env
 
 from heimdex_clip_worker.emulator.server import EmulatorServer
-from heimdex_clip_worker.errors import DecodeFailed, FetchTimeout, InferenceFailed, WorkerError
+from heimdex_clip_worker.errors import (
+    DecodeFailed,
+    FetchTimeout,
+    InferenceFailed,
+    InternalError,
+    WorkerError,
+)
 from heimdex_clip_worker.model.photos import PHOTOS
 from heimdex_clip_worker.model.preprocess import Preparation, fast
 from heimdex_clip_worker.serving import child as child_module
@@ -291,25 +297,128 @@ def test_children_may_be_killed_at_any_moment(photos: PhotoServer):
     assert len(found) - len(good) <= 2 and len(found) > 12
 
 
-@pytest.mark.parametrize("text", [b"[1]", b"{", b"\xff", b'{"number": 1', b"7", b'"number"'])
-def test_a_child_that_talks_nonsense_is_ended(photos: PhotoServer, text: bytes):
+ERROR = '"error": "InternalError", "text": "Internal error", "detail": "a"'
+BAD_ANSWERS = [
+    "[1]", "{", "\xff", '{"number": 1', "7", '"number"', "null", "{}", '{"ready": true}',
+    '{"number": N}', '{"number": [], "size": 1}', '{"number": N, "size": -1}',
+    '{"number": N, "size": 1e3}', '{"number": N, "size": "1"}',
+    '{"number": N, "size": 1%s}' % (30 * "0"),
+    '{"number": N, "size": NaN}', '{"number": N, "needs": NaN}', '{"number": N, "needs": -1}',
+    '{"number": N, "needs": 5}',  # of a file that is only being fetched
+    '{"number": N, "width": 1, "height": 1, "seconds": 0.1}',  # the same
+    '{"number": N, "error": "InferenceFailed", "text": "a", "detail": "b", "fatal": true}',
+    '{"number": N, "error": "AuthFailed", "text": "a", "detail": "b"}',
+    '{"number": N, "error": "os", "text": "a", "detail": "b"}',
+    '{"number": N, "error": "InternalError", "text": 5, "detail": "b"}',
+    '{"number": N, "error": "InternalError", "text": "a"}',
+    '{"number": N, "error": "InternalError", "text": "a", "detail": "%s"}' % (2001 * "b"),
+    '{"number": N, "error": "SourceHttp", "text": "a", "detail": "b"}',
+    '{"number": N, "error": "SourceHttp", "text": "a", "detail": "b", "status": "x"}',
+    '{"number": N, "size": 5, "more": "%s"}' % (40_000 * "b"),
+]  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def imitated(child: children_module._ChildHandle) -> AsyncIterator[socket.socket]:
+    """Put a socket of the test in the place of a child's."""
+    mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child.loop.remove_reader(child.sock)
+    child.sock, real = mine, child.sock
+    yield its
+    real.close(), its.close()
+
+
+@pytest.mark.parametrize("text", BAD_ANSWERS)
+def test_a_child_that_talks_nonsense_is_ended(photos: PhotoServer, text: str):
     async def nonsense(made: Pipeline) -> list:
         await outcomes(made, [photos.photo()])
         first = made.children._children[0]
         waiting = asyncio.ensure_future(made.children._fetch(first, f"{photos.url}/held/x.jpg"))
         await asyncio.sleep(0.1)
-        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        first.loop.remove_reader(first.sock)
-        first.sock, real = mine, first.sock
-        its.send(text)
-        first.read()
-        with pytest.raises(children_module._ChildEnded):
-            await waiting
-        real.close(), its.close()
+        async with imitated(first) as socket_of_child:
+            [number] = first.questions
+            socket_of_child.send(text.replace("N,", f"{number},").encode("latin-1"))
+            first.read()
+            with pytest.raises(children_module._ChildEnded):
+                await waiting
         assert first.pid not in pids(made) and len(pids(made)) == 2
         return await outcomes(made, [photos.photo("coffee.jpg")] * 3)
 
     assert [one.size for one in run(nonsense)] == [(600, 400)] * 3
+
+
+def test_a_child_that_closes_its_socket_is_ended(photos: PhotoServer):
+    async def closed(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()])
+        first = made.children._children[0]
+        async with imitated(first) as socket_of_child:
+            socket_of_child.shutdown(socket.SHUT_WR)
+            first.read()
+        assert await soon(lambda: not is_alive(first.pid))
+        return await outcomes(made, [photos.photo("coffee.jpg")] * 3)
+
+    assert [one.size for one in run(closed)] == [(600, 400)] * 3
+
+
+def test_a_fetch_beside_a_decoder_that_hangs_is_not_blamed(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    import ctypes
+
+    libc = ctypes.PyDLL(None)  # it holds the lock, so the child answers nothing any more
+    faulty(monkeypatch, lambda: libc.sleep(100), "rocket.jpg")
+    monkeypatch.setattr(children_module, "_DECODE_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(children_module, "_LATE_S", 0.2)
+
+    async def beside(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()])
+        file = await made.children.fetch(photos.photo("rocket.jpg"))
+        decoding = asyncio.ensure_future(file.prepare(None))
+        fetching = asyncio.ensure_future(made.embed_url(photos.photo("coffee.jpg"), True))
+        found = await asyncio.gather(fetching, decoding, return_exceptions=True)
+        assert isinstance(found[1], DecodeFailed) and "within 4 s" in found[1].detail
+        return found[0]
+
+    assert run(beside, count=1, timeout_s=1.0).size == (600, 400)
+
+
+def test_what_shares_children_with_files_that_end_them_is_not_damaged(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    rocket = (PHOTOS / "rocket.jpg").read_bytes()
+
+    def prepare(file: bytes, *args: object) -> object:
+        time.sleep(0.1)
+        if file == rocket:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prepare_image(file, *args)
+
+    monkeypatch.setattr(child_module, "prepare_image", prepare)
+
+    async def shared(made: Pipeline) -> list:
+        names = ["rocket.jpg", "coffee.jpg"] * 10
+        jobs = [outcomes(made, [photos.photo(name)], job=at) for at, name in enumerate(names)]
+        return list(zip(names, await asyncio.gather(*jobs), strict=True))
+
+    for name, [one] in run(shared, count=3):
+        assert isinstance(one, DecodeFailed) if name == "rocket.jpg" else one.size == (600, 400)
+
+
+def test_a_loop_that_stood_still_reads_its_answers_first(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(children_module, "_LATE_S", 0.0)
+
+    async def stood_still(made: Pipeline) -> None:
+        await outcomes(made, [photos.photo()])
+        first = pids(made)
+        work = [asyncio.ensure_future(made.children.fetch(photos.photo(n))) for n in NAMES]
+        await asyncio.sleep(0)
+        time.sleep(3)  # noqa: ASYNC251 (meanwhile all answers come)
+        assert all(len(file) for file in await asyncio.gather(*work))
+        assert pids(made) == first
+
+    run(stood_still, count=1, timeout_s=1.5)
 
 
 def test_a_child_that_fetches_for_ever_is_ended(
@@ -332,11 +441,11 @@ def test_children_that_cannot_start_are_given_up(
     async def given_up(made: Pipeline) -> list:
         found = await outcomes(made, [photos.photo("coffee.jpg")])  # notices
         deadline = time.monotonic() + 20
-        while made.children.is_usable and time.monotonic() < deadline:
+        while pids(made) and time.monotonic() < deadline:
             found += await outcomes(made, [photos.photo("coffee.jpg")])
-        assert not made.children.is_usable
+        assert not pids(made)
         found = await outcomes(made, [photos.photo("coffee.jpg")] * 3)
-        return found, await soon(lambda: made.children.is_usable)
+        return found, await soon(lambda: pids(made))
 
     monkeypatch.setattr(children_module, "_NEXT_TRY_S", 1.0)
     found, are_tried_again = run(given_up)
@@ -401,28 +510,78 @@ def test_without_more_processes_those_that_run_go_on(
         found = await outcomes(made, [photos.photo("coffee.jpg")] * 4)
         assert pids(made) == [only]
         os.kill(only, signal.SIGKILL)
-        assert await soon(lambda: not made.children.is_usable)
+        assert await soon(lambda: not pids(made))
         return found + await outcomes(made, [photos.photo("coffee.jpg")] * 2)
 
     assert [one.size for one in run(fewer)] == [(600, 400)] * 6
 
 
-def test_a_fork_server_that_hangs_is_given_up(photos: PhotoServer, monkeypatch: pytest.MonkeyPatch):
+def test_a_fork_server_that_hangs_delays_new_children_only(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(children_module, "_START_S", 0.5)
+    monkeypatch.setattr(children_module, "_NEXT_TRY_S", 1.5)
 
     async def hanging(made: Pipeline) -> list:
         await outcomes(made, [photos.photo()] * 2)
-        first = pids(made)
+        first, last = pids(made)
         os.kill(made.children._pid, signal.SIGSTOP)
-        os.kill(first[0], signal.SIGKILL)
+        os.kill(first, signal.SIGKILL)
         assert await soon(lambda: len(pids(made)) == 1)
-        os.kill(made.children._pid, signal.SIGCONT)  # now it starts a child, and says so
+        os.kill(made.children._pid, signal.SIGCONT)  # now it starts a child, too late, and says so
+        found = await outcomes(made, [photos.photo("coffee.jpg")] * 3)
+        assert await soon(lambda: len(pids(made)) == 2)  # the next try
+        assert last in pids(made)
+        found += await outcomes(made, [photos.photo("coffee.jpg")] * 8)
         await asyncio.sleep(0.3)
-        os.kill(first[1], signal.SIGKILL)
-        assert await soon(lambda: not made.children.is_usable)
+        family = psutil.Process(made.children._pid).children()
+        assert sorted(child.pid for child in family) == sorted(pids(made))
+        return found
+
+    assert [one.size for one in run(hanging)] == [(600, 400)] * 11
+
+
+def test_without_a_fork_server_nothing_is_tried_again(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(children_module, "_NEXT_TRY_S", 0.2)
+
+    async def ended(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()] * 2)
+        os.kill(made.children._pid, signal.SIGKILL)  # and with it the children
+        assert await soon(lambda: not pids(made))
+        caplog.clear()
+        await asyncio.sleep(1.0)
         return await outcomes(made, [photos.photo("coffee.jpg")] * 3)
 
-    assert [one.size for one in run(hanging)] == [(600, 400)] * 3
+    assert [one.size for one in run(ended)] == [(600, 400)] * 3
+    assert not caplog.records
+
+
+def test_what_could_not_be_started_is_started_later(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    make, is_full = children_module._shared_memory, True
+
+    def full(name: str, size: int) -> int:
+        if name == "pixels" and is_full:
+            raise OSError(24, "Too many open files")
+        return make(name, size)
+
+    monkeypatch.setattr(children_module, "_shared_memory", full)
+    monkeypatch.setattr(children_module, "_NEXT_TRY_S", 0.3)
+
+    async def later(made: Pipeline) -> list:
+        nonlocal is_full
+        found = await outcomes(made, [photos.photo("coffee.jpg")])
+        descriptors = psutil.Process().num_fds()
+        await asyncio.sleep(1.0)
+        assert not pids(made) and psutil.Process().num_fds() == descriptors
+        is_full = False
+        assert await soon(lambda: len(pids(made)) == 2)
+        return found + await outcomes(made, [photos.photo("coffee.jpg")] * 2)
+
+    assert [one.size for one in run(later)] == [(600, 400)] * 3
 
 
 @pytest.mark.parametrize("name", ["memfd_create", "fork"])
@@ -445,7 +604,7 @@ def test_when_all_children_have_ended_threads_go_on(photos: PhotoServer):
         await asyncio.sleep(0.2)
         for pid in (made.children._pid, *pids(made)):
             os.kill(pid, signal.SIGKILL)
-        assert await soon(lambda: not made.children.is_usable)
+        assert await soon(lambda: not pids(made))
         photos.release()
         found = await work
         made.children.close()
@@ -464,7 +623,7 @@ def test_a_doubtful_file_is_not_decoded_in_the_worker(
     async def ended(made: Pipeline) -> list:
         await outcomes(made, [photos.photo()])
         os.kill(made.children._pid, signal.SIGKILL)  # and with it the children
-        assert await soon(lambda: not made.children.is_usable)
+        assert await soon(lambda: not pids(made))
         return await outcomes(made, [photos.photo("coffee.jpg")])
 
     async def crash(made: Pipeline) -> list:
@@ -556,9 +715,10 @@ def test_a_file_that_nobody_needs_is_dropped(photos: PhotoServer):
         # The child has closed the connection.
         assert await soon(lambda: photos.dropped["/endless"] == before + 1)
         await made.children._decoders.acquire()
-        assert await child.take_turn()
-        message, _ = await child.decode(number, None)
-        assert message["error"] == "InternalError" and "KeyError" in message["state"]["detail"]
+        assert await child.take_turns(1)
+        with pytest.raises(InternalError) as raised:
+            await child.decode(number, None, 1)
+        assert "KeyError" in raised.value.detail
 
     photos.hold()
     run(dropped)
@@ -575,7 +735,7 @@ def test_a_job_that_is_cancelled_while_a_child_decodes_disturbs_no_other(
             return prepare_image(file, eye, *args)
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:  # it writes pixels although nobody waits for them
-            eye.place.fill_(0)
+            eye.pixels.fill_(0)
         raise DecodeFailed
 
     monkeypatch.setattr(child_module, "prepare_image", prepare)
@@ -621,6 +781,23 @@ def test_the_shared_memory_keeps_its_size():
         with pytest.raises(PermissionError):
             os.ftruncate(descriptor, size)
     os.close(descriptor)
+
+
+def test_no_child_changes_what_others_are_told(photos: PhotoServer):
+    async def changed(made: Pipeline) -> None:
+        with pytest.raises(PermissionError):
+            os.pwrite(made.children._config_fd, b"x", 0)
+
+    run(changed)
+
+
+def test_without_memory_a_child_ends_before_its_worker(photos: PhotoServer):
+    async def scores(made: Pipeline) -> None:
+        await outcomes(made, [photos.photo()] * 4)
+        files = [Path(f"/proc/{pid}/oom_score_adj") for pid in pids(made)]
+        assert {file.read_text() for file in files} == {"1000\n"}  # noqa: ASYNC240
+
+    run(scores)
 
 
 def test_a_decoder_in_a_child_uses_one_cpu(photos: PhotoServer, monkeypatch: pytest.MonkeyPatch):

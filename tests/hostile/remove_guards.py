@@ -77,7 +77,11 @@ TESTS = {
         f"{HOSTILE}/test_fault_rows.py",
         "tests/model/test_cuda.py",
     ],
-    "pipeline": [f"{HOSTILE}/test_fault_rows.py", f"{HOSTILE}/test_many_rows.py"],
+    "pipeline": [
+        f"{HOSTILE}/test_fault_rows.py",
+        f"{HOSTILE}/test_many_rows.py",
+        "tests/serving/test_children.py",
+    ],
     "intake": ["tests/serving/test_intake.py"],
     "child": ["tests/serving/test_children.py"],
     "children": ["tests/serving/test_children.py"],

@@ -382,26 +382,39 @@ def test_a_fetch_beside_a_decoder_that_hangs_is_not_blamed(
     assert run(beside, count=1, timeout_s=1.0).size == (600, 400)
 
 
-def test_what_shares_children_with_files_that_end_them_is_not_damaged(
-    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+def test_a_file_at_which_a_child_has_ended_is_decoded_with_nothing_else(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    rocket = (PHOTOS / "rocket.jpg").read_bytes()
+    rocket, log = (PHOTOS / "rocket.jpg").read_bytes(), tmp_path / "log"
 
     def prepare(file: bytes, *args: object) -> object:
-        time.sleep(0.1)
-        if file == rocket:
-            os.kill(os.getpid(), signal.SIGKILL)
+        name = "rocket" if file == rocket else "coffee"
+        with log.open("a") as events:
+            events.write(f"{name} begins\n")
+        if name == "rocket":
+            if log.read_text().count("rocket begins") == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1)
+        with log.open("a") as events:
+            events.write(f"{name} ends\n")
         return prepare_image(file, *args)
 
     monkeypatch.setattr(child_module, "prepare_image", prepare)
+    # All files go to the newest child.
+    monkeypatch.setattr(children_module, "_load", lambda child: -child.pid)
 
-    async def shared(made: Pipeline) -> list:
-        names = ["rocket.jpg", "coffee.jpg"] * 10
-        jobs = [outcomes(made, [photos.photo(name)], job=at) for at, name in enumerate(names)]
-        return list(zip(names, await asyncio.gather(*jobs), strict=True))
+    async def beside(made: Pipeline) -> None:
+        file = await made.children.fetch(photos.photo("rocket.jpg"))
+        decoding = asyncio.ensure_future(file.prepare(None))
+        assert await soon(lambda: log.exists() and log.read_text().count("rocket begins") == 2)
+        file = await made.children.fetch(photos.photo("coffee.jpg"))
+        assert (await file.prepare(None))[0] == (600, 400)
+        await decoding
 
-    for name, [one] in run(shared, count=3):
-        assert isinstance(one, DecodeFailed) if name == "rocket.jpg" else one.size == (600, 400)
+    run(beside, count=2)
+    assert log.read_text().split("\n")[1:5] == [
+        "rocket begins", "rocket ends", "coffee begins", "coffee ends"
+    ]  # fmt: skip
 
 
 def test_a_loop_that_stood_still_reads_its_answers_first(
@@ -613,6 +626,28 @@ def test_when_all_children_have_ended_threads_go_on(photos: PhotoServer):
 
     photos.hold()
     assert [one.size for one in run(ended)] == [(600, 400)] * 6
+
+
+def test_what_a_child_has_fetched_is_fetched_by_a_thread_when_no_child_is_left(
+    photos: PhotoServer, monkeypatch: pytest.MonkeyPatch
+):
+    faulty(monkeypatch, lambda: time.sleep(10), "rocket.jpg")
+
+    async def ended(made: Pipeline) -> list:
+        await outcomes(made, [photos.photo()])
+        work = [
+            asyncio.ensure_future(made.embed_url(photos.photo(name), True))
+            for name in ("rocket.jpg", "coffee.jpg")
+        ]
+        [child] = made.children._children
+        assert await soon(lambda: child.is_full or child.places[0] != 0)  # it decodes the first
+        await asyncio.sleep(0.3)  # the second waits for it
+        for pid in (made.children._pid, child.pid):
+            os.kill(pid, signal.SIGKILL)
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    first, second = run(ended, count=1)
+    assert isinstance(first, InferenceFailed) and second.size == (600, 400)
 
 
 def test_a_doubtful_file_is_not_decoded_in_the_worker(

@@ -150,13 +150,15 @@ class _Reservation:
 
     def evict(self) -> None:
         """Ask the holder to end this reservation."""
+        give_back = self._give_back
         self._keep()
         self.is_evicted = True
         self.budget._leaving[self.job] += self.count
-        self._give_back()
+        give_back()
 
     def _keep(self) -> None:
         """Exclude this reservation from eviction."""
+        self._give_back = None  # it refers to a task, which may refer to this reservation
         reservations = self.budget._evictable.get(self.job, [])
         if self in reservations:
             reservations.remove(self)

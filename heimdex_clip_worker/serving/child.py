@@ -83,7 +83,10 @@ def _error_message(error: Exception) -> dict[str, Any]:
         where = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
         error = errors.InternalError(detail=f"{type(error).__name__} < {where}")
     status = {"status": error.status} if isinstance(error, errors.SourceHttp) else {}
-    text, detail = str(error)[:_MOST_TEXT], error.detail[:_MOST_TEXT]
+    text, detail = (
+        "".join(c if c.isprintable() else " " for c in part[:_MOST_TEXT])
+        for part in (str(error), error.detail)
+    )
     return {"error": type(error).__name__, "text": text, "detail": detail, **status}
 
 
@@ -92,8 +95,13 @@ def _to_error(message: dict[str, Any]) -> errors.WorkerError:
     kind, text, detail = _ERRORS.get(message["error"]), message["text"], message["detail"]
     if kind is None or max(len(text), len(detail)) > _MOST_TEXT:
         raise ValueError("not an error of a child")
+    if not (text.isprintable() and detail.isprintable()):  # guard: a text is one line
+        raise ValueError("not a text")
     if kind is errors.SourceHttp:
-        return errors.SourceHttp(int(message["status"]), detail=detail)
+        status = message["status"]
+        if status not in range(100, 1000):
+            raise ValueError("not a status")
+        return errors.SourceHttp(status, detail=detail)
     error = kind(detail=detail)
     error.args = (text,)
     return error
@@ -111,9 +119,9 @@ def to_answer(data: bytes) -> tuple[int, int | tuple[tuple[int, int], float] | E
         case {
             "number": int(number), "width": int(width), "height": int(height),
             "seconds": float(seconds),
-        } if min(width, height) > 0 and 0 <= seconds < 1e6:  # fmt: skip
+        } if 0 < width < 1e6 and 0 < height < 1e6 and 0 <= seconds < 1e6:  # fmt: skip
             return number, ((width, height), seconds)
-        case {"number": int(number), "needs": int(count)} if count > 0:
+        case {"number": int(number), "needs": int(count)} if 0 < count < 2**40:
             return number, NeedsMemory(count)
         case {"number": int(number), "error": str(), "text": str(), "detail": str()} as message:
             return number, _to_error(message)

@@ -12,6 +12,7 @@ import json
 import logging
 import mmap
 import os
+import random
 import signal
 import socket
 import struct
@@ -19,8 +20,8 @@ import traceback
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -32,7 +33,7 @@ import torch
 from .. import errors
 from ..model.image import Embedder
 from .child import AT_ONCE, PLACES, be_child, config_of, recv, to_answer
-from .decode import PixelLimits
+from .decode import NeedsMemory, PixelLimits
 from .download import AddressPolicy, FetchLimits
 from .pipeline import _DECODE_TIMEOUT_S, _NoChildren
 
@@ -119,6 +120,15 @@ class _ChildEnded(Exception):
 _Result = int | tuple[tuple[int, int], float] | Exception  # see `to_answer`
 
 
+class _Decoding(NamedTuple):
+    """What decoding a file uses until the child has answered."""
+
+    place: int  # for its pixels
+    turns: int  # of the child
+    decoders: asyncio.Semaphore  # of all children: one is in use
+    max_bytes: int | None  # of memory; None: as many as it takes
+
+
 class _Question(NamedTuple):
     """A message to a child that is not answered yet."""
 
@@ -126,14 +136,13 @@ class _Question(NamedTuple):
     limit_s: float
     deadline: float  # of the event loop's clock
     failure: type[errors.WorkerError]  # if there is no answer by then
-    place: int | None  # for pixels; None: a fetch
-    turns: int  # of the child, that are in use
+    decoding: _Decoding | None = None  # None: a fetch
 
     def fits(self, result: _Result) -> bool:
         """True if the result answers this question."""
-        if self.place is None:
-            return isinstance(result, (int, errors.WorkerError))
-        return isinstance(result, (tuple, Exception))
+        if isinstance(result, NeedsMemory):
+            return self.decoding is not None and self.decoding.max_bytes is not None
+        return isinstance(result, (errors.WorkerError, tuple if self.decoding else int))
 
 
 class _ChildHandle:
@@ -153,26 +162,24 @@ class _ChildHandle:
         self.places = deque(range(len(pixels)))  # that are free
         self._turns = asyncio.Semaphore(AT_ONCE)
         self.is_full = self.is_ready = self.has_ended = False
+        self._unasked = 1  # answers that may come without a question; the first: it is ready
         self.loop: asyncio.AbstractEventLoop | None = None
         self._next_check: asyncio.TimerHandle | None = None
 
-    def attach(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        decoders: asyncio.Semaphore,  # of all children; released when this one has decoded an image
-    ) -> None:
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to the child in a loop."""
-        self.loop, self._decoders = loop, decoders
+        self.loop = loop
         loop.add_reader(self.sock, self.read)
 
     async def fetch(self, number: int, url: str, limit_s: float) -> int:  # bytes of the file
         """Let the child fetch a file; raise DownloadError subclasses or _ChildEnded."""
-        answer = self._ask(number, limit_s, errors.FetchTimeout, None, 0)
+        answer = self._ask(number, limit_s, errors.FetchTimeout)
         self.tell(number, url=url)
         try:
             return await answer
         finally:
-            self.questions.pop(number, None)
+            if self.questions.pop(number, None):  # the job was cancelled
+                self._unasked += 1
 
     async def take_turns(self, count: int) -> bool:  # False: the child has ended
         """Wait until the child decodes so few images that `count` turns are free, and take them.
@@ -200,10 +207,12 @@ class _ChildHandle:
         number: int,
         max_bytes: int | None,
         turns: int,  # that were taken
+        decoders: asyncio.Semaphore,  # that was acquired
     ) -> tuple[tuple[tuple[int, int], float], torch.Tensor]:  # size, seconds; (3, S, S) uint8
         """Let the child decode a file; raise WorkerError subclasses, NeedsMemory or _ChildEnded."""
         place = self.places.popleft()  # guard: a place is in use until its child has answered
-        answer = self._ask(number, _DECODE_TIMEOUT_S, errors.DecodeFailed, place, turns)
+        decoding = _Decoding(place, turns, decoders, max_bytes)
+        answer = self._ask(number, _DECODE_TIMEOUT_S, errors.DecodeFailed, decoding)
         self.tell(number, max_bytes=max_bytes, place=place)
         return await answer
 
@@ -212,12 +221,11 @@ class _ChildHandle:
         number: int,
         limit_s: float,
         failure: type[errors.WorkerError],
-        place: int | None,
-        turns: int,
+        decoding: _Decoding | None = None,
     ) -> asyncio.Future[Any]:
         """Note that a message will be sent which has to be answered."""
         answer, deadline = self.loop.create_future(), self.loop.time() + limit_s
-        self.questions[number] = _Question(answer, limit_s, deadline, failure, place, turns)
+        self.questions[number] = _Question(answer, limit_s, deadline, failure, decoding)
         if self._next_check is None:
             self._next_check = self.loop.call_later(_CHECK_S, self._check)
         return answer
@@ -256,8 +264,10 @@ class _ChildHandle:
         try:
             number, result = to_answer(data)
             question = self.questions.get(number)
-            if question is not None and not question.fits(result):
-                raise ValueError("the answer to another question")
+            self._unasked -= question is None
+            # guard: nobody floods the worker with answers
+            if self._unasked < 0 or (question is not None and not question.fits(result)):
+                raise ValueError("an answer without its question")
         except Exception as error:  # guard: a child that sends anything else is ended
             _log.error("A child process is ended, because of its answer: %s", type(error).__name__)
             self.end()
@@ -269,16 +279,16 @@ class _ChildHandle:
 
     def _settle(self, question: _Question, result: _Result) -> None:
         """Pass on an answer, unless its job was cancelled; the child may decode another image."""
-        answer, place = question.answer, question.place
+        answer, decoding = question.answer, question.decoding
         is_awaited = not answer.done()
-        if place is not None:
+        if decoding is not None:
             if is_awaited and isinstance(result, tuple):
-                result = result, self._take_pixels(place)
+                result = result, self._take_pixels(decoding.place)
             else:
-                self.places.append(place)
+                self.places.append(decoding.place)
             self.is_full = False
-            self._free_turns(question.turns)
-            self._decoders.release()
+            self._free_turns(decoding.turns)
+            decoding.decoders.release()
         if is_awaited and isinstance(result, Exception):
             answer.set_exception(result)
         elif is_awaited:
@@ -312,7 +322,7 @@ class _ChildHandle:
         problem = f"a child process did not answer within {late.limit_s:g} s"
         _log.error("Watchdog: %s", problem)
         # Any decoder can be the one that holds the interpreter lock, and delays all answers.
-        decoding = [one for one in self.questions.values() if one.place is not None]
+        decoding = [one for one in self.questions.values() if one.decoding]
         # guard: what shares a child with one that hangs is not blamed
         if decoding in ([], [late]) and not late.answer.done():
             late.answer.set_exception(late.failure(detail=f"watchdog: {problem}"))
@@ -336,14 +346,19 @@ class _ChildHandle:
         self._on_end(self)
 
 # %% ../../nbs/05cc_children.ipynb #fetched
+_LATE_S = 5.0  # an answer may come so much later than the deadline of its fetch
+_TRIES = 3  # to decode a file, if its child ends
+_MOST_MOVES = 30  # of a file from a child that has ended to another one
+
+
 class _Fetched:
     """A file that a child fetches, and keeps until it is decoded."""
 
-    def __init__(self, children: Children, child: _ChildHandle, number: int, url: str):
-        self.children, self.child, self.number, self.url = children, child, number, url
+    def __init__(self, children: Children, url: str):
+        self.children, self.url = children, url
         self.size = 0  # bytes
-        self._is_in_hand = True
-        child.in_hand += 1
+        self.ends = 0  # children that have ended while decoding it
+        self._is_in_hand = False
 
     def __len__(self) -> int:
         return self.size
@@ -359,12 +374,68 @@ class _Fetched:
             self._is_in_hand = False
             _let_go(self.child, self.number, drop=drop)
 
+    async def fetch(self, child: _ChildHandle, number: int, limit_s: float) -> None:
+        """Let a child fetch the file; raise DownloadError subclasses or _ChildEnded."""
+        self.child, self.number, self._is_in_hand = child, number, True
+        child.in_hand += 1
+        try:
+            self.size = await child.fetch(number, self.url, limit_s)
+        except BaseException as error:
+            self.release(drop=not isinstance(error, errors.WorkerError))
+            raise
+
+    async def decode(
+        self,
+        max_bytes: int | None,  # of memory; None: as many as it takes
+    ) -> tuple[tuple[int, int], torch.Tensor, float]:  # size, (3, S, S) uint8, seconds
+        """Decode the file; raise WorkerError subclasses, NeedsMemory, or _ChildEnded."""
+        decoders = self.children.decoders
+        turns = AT_ONCE if self.ends else 1  # guard: a doubtful file is decoded alone
+        await decoders.acquire()  # until the child has answered
+        try:
+            if not await self.child.take_turns(turns):
+                raise _ChildEnded
+        except BaseException:
+            decoders.release()
+            raise
+        try:
+            answer = await self.child.decode(self.number, max_bytes, turns, decoders)
+        except _ChildEnded:
+            self.ends += 1
+            raise
+        except errors.WorkerError:
+            self.release(drop=False)  # the child has it no more
+            raise
+        self.release(drop=False)
+        (size, seconds), pixels = answer
+        return size, pixels, seconds
+
     async def prepare(
         self,
-        max_bytes: int | None,  # of memory for decoding; None: as many as it takes
-    ) -> tuple[tuple[int, int], torch.Tensor, float]:  # size, (3, S, S) uint8, seconds
-        """Decode the file; raise WorkerError subclasses or NeedsMemory."""
-        return await self.children._prepare(self, max_bytes)
+        in_turn: Callable[[], Awaitable[Any]],  # waits for a slot, and calls `decode`
+    ) -> Any:  # its result
+        """Decode the file, which moves if its child ends; raise WorkerError subclasses."""
+        for _ in range(_MOST_MOVES):
+            # guard: doubtful files end one child at a time
+            async with self.children.doubtful if self.ends else nullcontext():
+                with suppress(_ChildEnded):  # guard: a file whose child ends is decoded again
+                    return await in_turn()
+            if self.ends == _TRIES:
+                raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
+            await self._move()
+        raise errors.InferenceFailed(detail="the child processes that decode images end")
+
+    async def _move(self) -> None:
+        """Let another child fetch the file: without a slot, which others can use meanwhile."""
+        self.release(drop=False)
+        try:
+            await self.children.fetch_again(self)
+        except _NoChildren as error:
+            if not self.ends:
+                raise
+            # guard: a doubtful file does not end the worker
+            detail = "no child process is left for a file at which one has ended"
+            raise errors.InferenceFailed(detail=detail) from error
 
 
 def _let_go(child: _ChildHandle, number: int, *, drop: bool = True) -> None:
@@ -374,22 +445,25 @@ def _let_go(child: _ChildHandle, number: int, *, drop: bool = True) -> None:
         child.tell(number, drop=True)  # guard: a file that nobody needs is dropped
 
 # %% ../../nbs/05cc_children.ipynb #children-themselves
-_START_S = 5.0  # for the start of a child
-_LATE_S = 5.0  # an answer may come so much later than the deadline of its fetch
-_TRIES = 3  # to decode a file, if its child ends
-_MOST_MOVES = 30  # of a file from a child that has ended to another one
+_START_S = 1.0  # for the start of a child; the loop waits for it
 _FALSE_STARTS = 5  # children in a row that end before they are ready
 _NEXT_TRY_S = 10.0  # until the start of children is tried again
 
 
-_load = attrgetter("is_full", "in_hand")  # how much a child has to do
+def _choose(children: list[_ChildHandle]) -> _ChildHandle:
+    """Choose the child that fetches a file: of two that can decode, the one with less in hand.
+
+    The one with the least of all would be that whose fetches fail at once, if there is such a one.
+    """
+    able = [child for child in children if not child.is_full] or children
+    return min(random.sample(able, min(2, len(able))), key=attrgetter("in_hand"))
 
 
 class Children:
     """Child processes that fetch and decode images for a worker.
 
     `children = Children.fork()` before there are threads, `children.open(...)` when the model is
-    known, then `file = await children.fetch(url)` and `await file.prepare(max_bytes)`.
+    known, then `file = await children.fetch(url)` and `await file.decode(max_bytes)`.
     """
 
     def __init__(self, pid: int, control: socket.socket):
@@ -478,7 +552,7 @@ class Children:
         self._children.append(child)
         self._is_without = False
         if self._loop is not None:
-            child.attach(self._loop, self._decoders)
+            child.attach(self._loop)
         return True
 
     def _fork_child(self, fds: list[int]) -> int:  # its process id
@@ -520,7 +594,8 @@ class Children:
         _log.warning("Child process %d has ended with %d files in hand", child.pid, child.in_hand)
         self._failures = 0 if child.is_ready else self._failures + 1
         # guard: children that cannot start are given up for a while
-        if self._failures >= _FALSE_STARTS or not self._start():
+        is_hopeless = self._failures >= _FALSE_STARTS or self._next_try is not None
+        if is_hopeless or not self._start():
             self._try_later()
 
     def _attach(self) -> None:
@@ -529,11 +604,11 @@ class Children:
         if self._loop is loop:
             return
         is_first, self._loop, self._next_try = self._loop is None, loop, None
-        self._decoders = asyncio.Semaphore(self._most_decoders)
-        self._doubtful = asyncio.Lock()  # held while a doubtful file is decoded
+        self.decoders = asyncio.Semaphore(self._most_decoders)
+        self.doubtful = asyncio.Lock()  # held while a doubtful file is decoded
         for child in [*self._children]:
             if is_first:
-                child.attach(loop, self._decoders)
+                child.attach(loop)
             else:
                 child.is_ready = True  # that it ends is not its failure
                 child.end()  # guard: answers stay in their loop
@@ -542,66 +617,19 @@ class Children:
 
     async def fetch(self, url: str) -> _Fetched:
         """Fetch the file behind `url`; raise WorkerError subclasses or _NoChildren."""
+        file = _Fetched(self, url)
+        await self.fetch_again(file)
+        return file
+
+    async def fetch_again(self, file: _Fetched) -> None:
+        """Fetch a file into any child; raise WorkerError subclasses or _NoChildren."""
         self._attach()
+        # guard: a child's fetch has a deadline
+        limit_s = self._limits.timeout_s + _LATE_S
         for _ in range(_MOST_MOVES):
             if not self._children:
                 raise _NoChildren
-            child = min(self._children, key=_load)
+            self._number += 1
             with suppress(_ChildEnded):  # guard: a file whose child ends is fetched again
-                return await self._fetch(child, url)
+                return await file.fetch(_choose(self._children), self._number, limit_s)
         raise errors.InferenceFailed(detail="the child processes that fetch images end")
-
-    async def _fetch(self, child: _ChildHandle, url: str) -> _Fetched:
-        """Fetch a file in one process; raise DownloadError subclasses or _ChildEnded."""
-        self._number += 1
-        file = _Fetched(self, child, self._number, url)
-        # guard: a child's fetch has a deadline
-        limit_s = self._limits.timeout_s + _LATE_S
-        try:
-            file.size = await child.fetch(file.number, url, limit_s)
-        except BaseException as error:
-            file.release(drop=not isinstance(error, errors.WorkerError))
-            raise
-        return file
-
-    async def _prepare(
-        self, file: _Fetched, max_bytes: int | None
-    ) -> tuple[tuple[int, int], torch.Tensor, float]:
-        """Decode a file, which may have to move; raise WorkerError subclasses or NeedsMemory."""
-        with suppress(_ChildEnded):
-            return await self._decode(file, max_bytes)
-        for _ in range(_TRIES - 1):
-            try:
-                file = await self.fetch(file.url)
-                async with self._doubtful:  # guard: doubtful files end one child at a time
-                    # guard: a doubtful file is decoded alone
-                    return await self._decode(file, max_bytes, AT_ONCE)
-            except _ChildEnded:  # guard: a file whose child ends is decoded again
-                continue
-            except _NoChildren as error:  # guard: a doubtful file does not end the worker
-                detail = "no child process is left for a file at which one has ended"
-                raise errors.InferenceFailed(detail=detail) from error
-        raise errors.DecodeFailed(detail=f"{_TRIES} child processes have ended at it")
-
-    async def _decode(
-        self,
-        file: _Fetched,
-        max_bytes: int | None,
-        turns: int = 1,  # of its child; all of them: it decodes nothing else meanwhile
-    ) -> tuple[tuple[int, int], torch.Tensor, float]:
-        """Decode a file; raise WorkerError subclasses, NeedsMemory, or _ChildEnded."""
-        decoders = self._decoders
-        await decoders.acquire()  # until the child has answered
-        try:
-            while not await file.child.take_turns(turns):
-                file = await self.fetch(file.url)  # its child has ended while it waited
-        except BaseException:
-            decoders.release()
-            raise
-        try:
-            (size, seconds), pixels = await file.child.decode(file.number, max_bytes, turns)
-        except errors.WorkerError:
-            file.release(drop=False)  # the child has it no more
-            raise
-        file.release(drop=False)
-        return size, pixels, seconds

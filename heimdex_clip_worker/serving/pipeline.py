@@ -174,8 +174,9 @@ class Pipeline:
                     if data is None:  # evicted: another job needed the memory
                         continue
                     reservation.shrink_to(max(least, len(data)))
-                    image = await self._prepare_in_turn(data, job)
-                    del data
+                    in_turn = partial(self._prepare_in_turn, data, job)
+                    image = await (in_turn() if isinstance(data, bytes) else data.prepare(in_turn))
+                    del data, in_turn
                     reservation.shrink_to(max(least, image.pixels.nbytes))
                     return await self.embed_prepared(image, normalize, start, job=job)
 
@@ -205,7 +206,7 @@ class Pipeline:
     ) -> _Prepared:
         """Decode an image file where it is; raise WorkerError subclasses or NeedsMemory."""
         if not isinstance(data, bytes):
-            return _Prepared(*await data.prepare(max_bytes))
+            return _Prepared(*await data.decode(max_bytes))
         args = (data, self.embedder, self.pixel_limits, max_bytes)
         return await self.decode_pool.run(prepare_image, *args, weight=weight)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import itertools
+import json
 import os
 import random
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -178,7 +181,7 @@ def test_pixels_stay_while_something_refers_to_them(photos: PhotoServer):
     async def kept(made: Pipeline) -> None:
         [child] = made.children._children
         files = [await made.children.fetch(photos.photo(name)) for name in names]
-        every = [await file.prepare(None) for file in files]
+        every = [await file.decode(None) for file in files]
         assert all(one[1].equal(here[name]) for name, one in zip(names, every, strict=True))
         assert len(child.places) == AT_ONCE  # the others are lent
         os.kill(child.pid, signal.SIGKILL)
@@ -314,6 +317,9 @@ BAD_ANSWERS = [
     '{"number": N, "error": "InternalError", "text": "a", "detail": "%s"}' % (2001 * "b"),
     '{"number": N, "error": "SourceHttp", "text": "a", "detail": "b"}',
     '{"number": N, "error": "SourceHttp", "text": "a", "detail": "b", "status": "x"}',
+    '{"number": N, "error": "SourceHttp", "text": "a", "detail": "b", "status": 1%s}' % (99 * "0"),
+    '{"number": N, "error": "InternalError", "text": "\\ud800", "detail": "b"}',
+    '{"number": N, "error": "InternalError", "text": "a", "detail": "b\\nERROR c"}',
     '{"number": N, "size": 5, "more": "%s"}' % (40_000 * "b"),
 ]  # fmt: skip
 
@@ -333,7 +339,8 @@ def test_a_child_that_talks_nonsense_is_ended(photos: PhotoServer, text: str):
     async def nonsense(made: Pipeline) -> list:
         await outcomes(made, [photos.photo()])
         first = made.children._children[0]
-        waiting = asyncio.ensure_future(made.children._fetch(first, f"{photos.url}/held/x.jpg"))
+        fetched = children_module._Fetched(made.children, f"{photos.url}/held/coffee.jpg")
+        waiting = asyncio.ensure_future(fetched.fetch(first, 10**6, 30))
         await asyncio.sleep(0.1)
         async with imitated(first) as socket_of_child:
             [number] = first.questions
@@ -345,6 +352,101 @@ def test_a_child_that_talks_nonsense_is_ended(photos: PhotoServer, text: str):
         return await outcomes(made, [photos.photo("coffee.jpg")] * 3)
 
     assert [one.size for one in run(nonsense)] == [(600, 400)] * 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"needs": 5},  # although it may take as much as it takes
+        {"size": 5},
+        {"width": 10**30, "height": 1, "seconds": 0.1},
+        {"width": 1, "height": 0, "seconds": 0.1},
+        {"width": 1, "height": 1, "seconds": -1.0},
+        {"width": 1, "height": 1, "seconds": float("nan")},
+        {"width": 1, "seconds": 0.1},
+    ],
+)
+def test_an_impossible_answer_to_a_decoding_ends_the_child(photos: PhotoServer, answer: dict):
+    async def impossible(made: Pipeline) -> None:
+        file = await made.children.fetch(photos.photo("coffee.jpg"))
+        child, number = file.child, file.number
+        async with imitated(child) as socket_of_child:
+            decoding = asyncio.ensure_future(file.decode(None))
+            await asyncio.sleep(0)
+            socket_of_child.send(json.dumps({"number": number, **answer}).encode())
+            child.read()
+            with pytest.raises(children_module._ChildEnded):
+                await decoding
+        assert child.pid not in pids(made)
+        assert made.children.decoders._value == 2
+
+    run(impossible)
+
+
+def test_a_child_that_answers_what_nobody_asked_is_ended(photos: PhotoServer):
+    async def unasked(made: Pipeline) -> None:
+        await outcomes(made, [photos.photo()] * 4)
+        child = made.children._children[0]
+        slow = asyncio.ensure_future(made.children.fetch(f"{photos.url}/held/coffee.jpg"))
+        await asyncio.sleep(0)
+        assert child.is_ready
+        async with imitated(child) as socket_of_child:
+            socket_of_child.send(b'{"number": 10000, "size": 5}')
+            child.read()
+        assert child.has_ended
+        slow.cancel()
+
+    photos.hold()
+    run(unasked)
+    photos.release()
+
+
+def test_a_file_that_moves_holds_up_no_other(photos: PhotoServer, monkeypatch: pytest.MonkeyPatch):
+    faulty(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), "rocket.jpg")
+
+    async def moving(made: Pipeline) -> float:
+        await outcomes(made, [photos.photo("coffee.jpg")] * 2)
+        fetch = made.children.fetch_again
+
+        async def slowly(file: object) -> None:
+            if getattr(file, "ends", 0):
+                await asyncio.sleep(20)
+            await fetch(file)
+
+        made.children.fetch_again = slowly
+        jobs = [outcomes(made, [photos.photo("rocket.jpg")] * 2, job=at) for at in range(6)]
+        evil = asyncio.gather(*jobs)
+        await asyncio.sleep(1.5)
+        start = time.monotonic()
+        for _ in range(5):
+            [one] = await outcomes(made, [photos.photo("coffee.jpg")], job="good")
+            assert one.size == (600, 400)
+        took = time.monotonic() - start
+        evil.cancel()
+        return took
+
+    assert run(moving, count=3) < 3
+
+
+def test_a_cancelled_job_leaves_no_file_to_the_garbage_collector(photos: PhotoServer):
+    async def cancelled(made: Pipeline) -> None:
+        await outcomes(made, [photos.photo()] * 4)
+        gc.collect()
+        gc.disable()
+        try:
+            jobs = [
+                asyncio.ensure_future(outcomes(made, [photos.photo("coffee.jpg")] * 6, job=at))
+                for at in range(3)
+            ]
+            for pause_s in (0.005, 0.02, 0.03):
+                await asyncio.sleep(pause_s)
+                jobs.pop().cancel()
+            await asyncio.sleep(0.5)
+            assert [child.in_hand for child in made.children._children] == [0, 0]
+        finally:
+            gc.enable()
+
+    run(cancelled)
 
 
 def test_a_child_that_closes_its_socket_is_ended(photos: PhotoServer):
@@ -373,7 +475,7 @@ def test_a_fetch_beside_a_decoder_that_hangs_is_not_blamed(
     async def beside(made: Pipeline) -> list:
         await outcomes(made, [photos.photo()])
         file = await made.children.fetch(photos.photo("rocket.jpg"))
-        decoding = asyncio.ensure_future(file.prepare(None))
+        decoding = asyncio.ensure_future(file.prepare(partial(file.decode, None)))
         fetching = asyncio.ensure_future(made.embed_url(photos.photo("coffee.jpg"), True))
         found = await asyncio.gather(fetching, decoding, return_exceptions=True)
         assert isinstance(found[1], DecodeFailed) and "within 4 s" in found[1].detail
@@ -401,14 +503,14 @@ def test_a_file_at_which_a_child_has_ended_is_decoded_with_nothing_else(
 
     monkeypatch.setattr(child_module, "prepare_image", prepare)
     # All files go to the newest child.
-    monkeypatch.setattr(children_module, "_load", lambda child: -child.pid)
+    monkeypatch.setattr(children_module, "_choose", lambda all: max(all, key=lambda one: one.pid))
 
     async def beside(made: Pipeline) -> None:
         file = await made.children.fetch(photos.photo("rocket.jpg"))
-        decoding = asyncio.ensure_future(file.prepare(None))
+        decoding = asyncio.ensure_future(file.prepare(partial(file.decode, None)))
         assert await soon(lambda: log.exists() and log.read_text().count("rocket begins") == 2)
         file = await made.children.fetch(photos.photo("coffee.jpg"))
-        assert (await file.prepare(None))[0] == (600, 400)
+        assert (await file.decode(None))[0] == (600, 400)
         await decoding
 
     run(beside, count=2)
@@ -698,13 +800,13 @@ def test_a_loop_that_ends_in_the_middle_leaves_nothing_behind(photos: PhotoServe
 
     async def begin() -> None:
         file = await children.fetch(photos.photo())
-        for work in (file.prepare(None), children.fetch(f"{photos.url}/held/coffee.jpg")):
+        for work in (file.decode(None), children.fetch(f"{photos.url}/held/coffee.jpg")):
             asyncio.ensure_future(work)
         await asyncio.sleep(0.001)
 
     async def end() -> list:
         files = [await children.fetch(photos.photo("coffee.jpg")) for _ in range(4)]
-        return [(await file.prepare(None))[0] for file in files]
+        return [(await file.decode(None))[0] for file in files]
 
     photos.hold()
     for _ in range(2):
@@ -749,10 +851,11 @@ def test_a_file_that_nobody_needs_is_dropped(photos: PhotoServer):
         assert not any(child.questions for child in children._children)
         # The child has closed the connection.
         assert await soon(lambda: photos.dropped["/endless"] == before + 1)
-        await made.children._decoders.acquire()
+        decoders = made.children.decoders
+        await decoders.acquire()
         assert await child.take_turns(1)
         with pytest.raises(InternalError) as raised:
-            await child.decode(number, None, 1)
+            await child.decode(number, None, 1, decoders)
         assert "KeyError" in raised.value.detail
 
     photos.hold()

@@ -334,7 +334,10 @@ PIPELINE = [
 ]
 CHILD = [
     ("a text is one line", NEVER),
-    ("an answer has one of four forms", (r"raise ValueError\(.*\)", "return 0, 0")),
+    (
+        "an answer has one of four forms",
+        (r"raise ValueError\(.*\)", "return json.loads(data)['number'], 5"),
+    ),
     ("a child ends when its socket is closed", NEVER),
     ("without memory, a child ends before the worker does", SKIP),
 ]

@@ -334,7 +334,7 @@ async def imitated(child: children_module._ChildHandle) -> AsyncIterator[socket.
     real.close(), its.close()
 
 
-@pytest.mark.parametrize("text", BAD_ANSWERS)
+@pytest.mark.parametrize("text", BAD_ANSWERS, ids=map(str, range(len(BAD_ANSWERS))))
 def test_a_child_that_talks_nonsense_is_ended(photos: PhotoServer, text: str):
     async def nonsense(made: Pipeline) -> list:
         await outcomes(made, [photos.photo()])

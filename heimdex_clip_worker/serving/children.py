@@ -431,9 +431,8 @@ class _Fetched:
         try:
             await self.children.fetch_again(self)
         except _NoChildren as error:
-            if not self.ends:
+            if not self.ends:  # guard: a doubtful file does not end the worker
                 raise
-            # guard: a doubtful file does not end the worker
             detail = "no child process is left for a file at which one has ended"
             raise errors.InferenceFailed(detail=detail) from error
 

@@ -386,7 +386,7 @@ from heimdex_clip_worker.serving.download import AddressPolicy, FetchLimits
 
 async def work():
     for _ in range(5):
-        await (await children.fetch(sys.argv[1])).prepare(None)
+        await (await children.fetch(sys.argv[1])).decode(None)
     print("done", flush=True)
     sys.stdin.read()
 

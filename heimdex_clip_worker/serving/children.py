@@ -450,9 +450,9 @@ _NEXT_TRY_S = 10.0  # until the start of children is tried again
 
 
 def _choose(children: list[_ChildHandle]) -> _ChildHandle:
-    """Choose the child that fetches a file: of two that can decode, the one with less in hand.
+    """Choose the child that fetches a file: of two random ones, that with fewer files in hand.
 
-    The one with the least of all would be that whose fetches fail at once, if there is such a one.
+    Two are better than all: else a child whose fetches fail at once would get nearly every file.
     """
     able = [child for child in children if not child.is_full] or children
     return min(random.sample(able, min(2, len(able))), key=attrgetter("in_hand"))

@@ -358,6 +358,7 @@ CHILDREN = [
     ("a doubtful file is decoded alone", (r"AT_ONCE if self\.ends else ", "")),
     ("doubtful files end one child at a time", (r"self\.children\.doubtful if self\.ends else ", "")),
     ("a file whose child ends is decoded again", ("_ChildEnded", "KeyError")),
+    ("a file that moves keeps to its reservation", NEVER),
     ("a doubtful file does not end the worker", ALWAYS),
     ("a file that nobody needs is dropped", SKIP),
     ("all children together keep to the connections of a host", (r" // self\._count", "")),

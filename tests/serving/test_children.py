@@ -603,7 +603,8 @@ def test_a_child_that_is_stopped_is_ended(photos: PhotoServer, monkeypatch: pyte
         [one] = await outcomes(made, [photos.photo("coffee.jpg")])
         assert isinstance(one, FetchTimeout)
         assert not {*first} <= {*pids(made)}
-        await outcomes(made, [photos.photo("coffee.jpg")])
+        while {*first} & {*pids(made)}:  # the other one gets a file, sooner or later
+            await outcomes(made, [photos.photo("coffee.jpg")])
         return await outcomes(made, [photos.photo("coffee.jpg")] * 4)
 
     assert {one.size for one in run(stopped, timeout_s=1.0)} == {(600, 400)}

@@ -99,7 +99,7 @@ def _to_error(message: dict[str, Any]) -> errors.WorkerError:
         raise ValueError("not a text")
     if kind is errors.SourceHttp:
         status = message["status"]
-        if status not in range(100, 1000):
+        if type(status) is not int or status not in range(100, 1000):
             raise ValueError("not a status")
         return errors.SourceHttp(status, detail=detail)
     error = kind(detail=detail)

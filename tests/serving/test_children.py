@@ -322,6 +322,8 @@ BAD_ANSWERS = [
     '{"number": N, "error": "InternalError", "text": "\\ud800", "detail": "b"}',
     '{"number": N, "error": "InternalError", "text": "a", "detail": "b\\nERROR c"}',
     '{"number": N, "size": 5, "more": "%s"}' % (80_000 * "b"),
+    '{"number": N, "error": "SourceHttp", "text": "a", "detail": "b", "status": 404.0}',
+    60_000 * "[",
 ]  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def _to_error(message: dict[str, Any]) -> errors.WorkerError:
     if not (text.isprintable() and detail.isprintable()):  # guard: a text is one line
         raise ValueError("not a text")
     if kind is errors.SourceHttp:
-        status = message["status"]
+        status = message.get("status")
         if type(status) is not int or status not in range(100, 1000):
             raise ValueError("not a status")
         return errors.SourceHttp(status, detail=detail)

@@ -132,7 +132,7 @@ class _Decoding(NamedTuple):
 class _Question(NamedTuple):
     """A message to a child that is not answered yet."""
 
-    answer: asyncio.Future[Any]  # of a fetch: bytes of the file; of decoding: _Result and pixels
+    answer: asyncio.Future[Any]  # of a fetch: the file's size; of decoding: _Result, pixels
     limit_s: float
     deadline: float  # of the event loop's clock
     failure: type[errors.WorkerError]  # if there is no answer by then
@@ -171,7 +171,7 @@ class _ChildHandle:
         self.loop = loop
         loop.add_reader(self.sock, self.read)
 
-    async def fetch(self, number: int, url: str, limit_s: float) -> int:  # bytes of the file
+    async def fetch(self, number: int, url: str, limit_s: float) -> int:  # size of the file
         """Let the child fetch a file; raise DownloadError subclasses or _ChildEnded."""
         answer = self._ask(number, limit_s, errors.FetchTimeout)
         self.tell(number, url=url)
@@ -184,23 +184,25 @@ class _ChildHandle:
     async def take_turns(self, count: int) -> bool:  # False: the child has ended
         """Wait until the child decodes so few images that `count` turns are free, and take them.
 
-        `decode` must follow without an `await` in between: its answer makes them free again.
+        The answer to `decode` makes them free again, or `free_turns`.
         """
         for taken in range(count):
             try:
                 await self._turns.acquire()
             except BaseException:
-                self._free_turns(taken)
+                self.free_turns(taken)
                 raise
             self.is_full = self._turns.locked()
         if self.has_ended:
-            self._free_turns(count)
+            self.free_turns(count)
             return False
         return True
 
-    def _free_turns(self, count: int) -> None:
+    def free_turns(self, count: int) -> None:
+        """Make turns free again."""
         for _ in range(count):
             self._turns.release()
+        self.is_full = self._turns.locked()
 
     async def decode(
         self,
@@ -286,8 +288,7 @@ class _ChildHandle:
                 result = result, self._take_pixels(decoding.place)
             else:
                 self.places.append(decoding.place)
-            self.is_full = False
-            self._free_turns(decoding.turns)
+            self.free_turns(decoding.turns)
             decoding.decoders.release()
         if is_awaited and isinstance(result, Exception):
             answer.set_exception(result)
@@ -391,13 +392,17 @@ class _Fetched:
         """Decode the file; raise WorkerError subclasses, NeedsMemory, or _ChildEnded."""
         decoders = self.children.decoders
         turns = AT_ONCE if self.ends else 1  # guard: a doubtful file is decoded alone
-        await decoders.acquire()  # until the child has answered
+        if not await self.child.take_turns(turns):
+            raise _ChildEnded
         try:
-            if not await self.child.take_turns(turns):
-                raise _ChildEnded
+            await decoders.acquire()  # last: what waits for one child keeps no other from decoding
         except BaseException:
-            decoders.release()
+            self.child.free_turns(turns)
             raise
+        if self.child.has_ended:
+            self.child.free_turns(turns)
+            decoders.release()
+            raise _ChildEnded
         try:
             answer = await self.child.decode(self.number, max_bytes, turns, decoders)
         except _ChildEnded:
@@ -499,7 +504,10 @@ class Children:
         policy: AddressPolicy,
         pixels: PixelLimits,
     ) -> None:
-        """Start processes, at most one for each connection to a host; after an error, none."""
+        """Start up to `count` processes, but no more than `limits.max_connections`.
+
+        Those that cannot be started are tried again later.
+        """
         self._count = min(count, limits.max_connections)
         # guard: all children together keep to the connections of a host
         share = limits.max_connections // self._count
